@@ -1,0 +1,1 @@
+"""The full-attention service: softmax attention over paged keys and values."""

@@ -1,0 +1,1 @@
+"""The linear-attention service: recurrences over states of fixed size."""

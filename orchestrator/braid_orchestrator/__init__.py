@@ -1,0 +1,1 @@
+"""The orchestrator: layer plans, bodies, the walk, memory, the engine and its frontends."""

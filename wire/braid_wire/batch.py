@@ -136,7 +136,9 @@ class Batch:
         """
         if not 0 < sequences < self.num_sequences:
             raise BatchInvalid(
-                f"cannot split {self.num_sequences} sequences at {sequences}", field="sequences", value=sequences
+                f"cannot split {self.num_sequences} sequences at {sequences}",
+                field="sequences",
+                value=sequences,
             )
         cut = {Axis.TOKEN: int(self.cu_seqlens[sequences]), Axis.SEQUENCE: sequences}
         halves: tuple[dict[str, object], dict[str, object]] = ({}, {})
@@ -177,7 +179,8 @@ def cut_field(name: str, value: object, cut: Mapping[Axis, int]) -> tuple[object
     at = cut[Axis.SEQUENCE if axis is Axis.SEQUENCE else Axis.TOKEN]
     if value.ndim <= dim or value.shape[dim] <= at:
         raise BatchInvalid(
-            f"batch field {name!r} of shape {list(value.shape)} cannot be cut at {at} on axis {dim}", field=name
+            f"batch field {name!r} of shape {list(value.shape)} cannot be cut at {at} on axis {dim}",
+            field=name,
         )
     first, second = np.split(value, [at], axis=dim)
     return first, second
@@ -199,6 +202,9 @@ def check(arrays: Mapping[str, IntArray], num_tokens: int, pools: Pools) -> None
         BatchInvalid: a rule of the contract is broken; the message names the field.
         ReferenceStale: a page or slot was recycled since it was named.
     """
+    # In 64 bits: sums and differences of hostile 32-bit lengths must not wrap into plausible ones.
+    wide = {name: arrays[name].astype(np.int64) for name in ("cu_seqlens", "context_lens")}
+    arrays = {**arrays, **wide}
     _check_spans(arrays, num_tokens)
     if pools.page_generation is not None:
         _check_pages(arrays, pools.page_size, pools.page_generation)
@@ -218,14 +224,18 @@ def _check_spans(arrays: Mapping[str, IntArray], num_tokens: int) -> None:
             field="cu_seqlens",
         )
     if (context < 0).any():
-        raise BatchInvalid(f"context_lens has {int(context.min())}; it must not be negative", field="context_lens")
+        raise BatchInvalid(
+            f"context_lens has {int(context.min())}; it must not be negative", field="context_lens"
+        )
     modes = arrays["modes"]
     if (modes > max(MODE_CODES.values())).any():
         raise BatchInvalid(f"modes has {int(modes.max())}; it is unknown", field="modes")
     wrong = (modes == MODE_CODES[Mode.DECODE]) & (lengths != 1)
     if wrong.any():
         at = int(np.argmax(wrong))
-        raise BatchInvalid(f"sequence {at} is DECODE with {lengths[at]} tokens; it must have 1", field="modes")
+        raise BatchInvalid(
+            f"sequence {at} is DECODE with {lengths[at]} tokens; it must have 1", field="modes"
+        )
     if len(np.unique(arrays["sequence_ids"])) != sequences:
         raise BatchInvalid("sequence_ids names a sequence twice", field="sequence_ids")
 
@@ -235,7 +245,11 @@ def _check_pages(arrays: Mapping[str, IntArray], page_size: int, generation: Int
     need = -(-(arrays["context_lens"] + np.diff(arrays["cu_seqlens"])) // page_size)
     # [B, P]: the entries that the kernel will follow.
     used = np.arange(table.shape[1]) < need[:, None]
-    if table.shape[1] < need.max(initial=0) or (table[used] < 0).any() or (table[used] >= len(generation)).any():
+    if (
+        table.shape[1] < need.max(initial=0)
+        or (table[used] < 0).any()
+        or (table[used] >= len(generation)).any()
+    ):
         raise BatchInvalid(
             f"page_table does not give every sequence its pages (0 … {len(generation) - 1}, {page_size} positions each)",
             field="page_table",
@@ -259,7 +273,9 @@ def _written_pages(arrays: Mapping[str, IntArray], table: IntArray, page_size: i
 def _check_states(arrays: Mapping[str, IntArray], num_tokens: int, generation: IntArray) -> None:
     state_in, state_out = _needs(arrays, "state_in"), _needs(arrays, "state_out")
     if len(state_out) != num_tokens:
-        raise BatchInvalid(f"state_out has {len(state_out)} entries for {num_tokens} tokens", field="state_out")
+        raise BatchInvalid(
+            f"state_out has {len(state_out)} entries for {num_tokens} tokens", field="state_out"
+        )
     for name, slots in (("state_in", state_in), ("state_out", state_out)):
         if (slots < NO_SLOT).any() or (slots >= len(generation)).any():
             raise BatchInvalid(f"{name} names a slot outside −1 … {len(generation) - 1}", field=name)

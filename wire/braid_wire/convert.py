@@ -21,11 +21,11 @@ from braid_wire.layers import (
     digest,
 )
 
-ROLES: Mapping[Role, common_pb2.Role] = {
+ROLES: Mapping[Role, common_pb2.Role.ValueType] = {
     Role.TARGET: common_pb2.ROLE_TARGET,
     Role.DRAFT: common_pb2.ROLE_DRAFT,
 }
-KINDS: Mapping[Kind, common_pb2.Kind] = {
+KINDS: Mapping[Kind, common_pb2.Kind.ValueType] = {
     Kind.FULL: common_pb2.KIND_FULL,
     Kind.LINEAR: common_pb2.KIND_LINEAR,
     Kind.PARALLEL: common_pb2.KIND_PARALLEL,

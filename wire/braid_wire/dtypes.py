@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from braid.v1 import common_pb2
 
 from braid_wire.errors import ConfigInvalid, ViewInvalid
 
-_TO_PB: Mapping[torch.dtype, common_pb2.Dtype] = {
+_TO_PB: Mapping[torch.dtype, common_pb2.Dtype.ValueType] = {
     torch.float32: common_pb2.DTYPE_FLOAT32,
     torch.bfloat16: common_pb2.DTYPE_BFLOAT16,
     torch.float16: common_pb2.DTYPE_FLOAT16,
@@ -28,11 +28,16 @@ _NAMES: Mapping[str, torch.dtype] = {
 }
 
 
-def to_pb(dtype: torch.dtype) -> common_pb2.Dtype:
+def to_pb(dtype: torch.dtype) -> common_pb2.Dtype.ValueType:
     """The wire's name of a torch dtype; `ViewInvalid` for one that has none."""
     if dtype not in _TO_PB:
         raise ViewInvalid(f"dtype {dtype} cannot cross the wire", dtype=dtype)
     return _TO_PB[dtype]
+
+
+def to_pb_all(found: Iterable[torch.dtype]) -> list[common_pb2.Dtype.ValueType]:
+    """The wire's names of those dtypes that have one, in the wire's order."""
+    return sorted(_TO_PB[dtype] for dtype in found if dtype in _TO_PB)
 
 
 def from_pb(dtype: int) -> torch.dtype:
@@ -45,7 +50,9 @@ def from_pb(dtype: int) -> torch.dtype:
 def from_name(name: str) -> torch.dtype:
     """The floating dtype that a configuration or option names; `ConfigInvalid` for another word."""
     if name not in _NAMES:
-        raise ConfigInvalid(f"dtype is {name!r}; it must be one of {', '.join(_NAMES)}", field="dtype", value=name)
+        raise ConfigInvalid(
+            f"dtype is {name!r}; it must be one of {', '.join(_NAMES)}", field="dtype", value=name
+        )
     return _NAMES[name]
 
 

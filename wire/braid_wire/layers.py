@@ -113,7 +113,9 @@ class LinearGeometry(Geometry):
     def state_bytes(self, itemsize: int, state_itemsize: int = 4) -> int:
         """Bytes of one slot of one layer: recurrent state plus conv state."""
         state, conv = self.state(), self.conv()
-        return (math.prod(state) * state_itemsize if state else 0) + (math.prod(conv) * itemsize if conv else 0)
+        return (math.prod(state) * state_itemsize if state else 0) + (
+            math.prod(conv) * itemsize if conv else 0
+        )
 
 
 @dataclass(frozen=True)
@@ -292,11 +294,12 @@ class Lightning(LinearGeometry):
         super().__post_init__()
         if self.activation not in ("none", "silu"):
             raise ConfigInvalid(
-                f"lightning.activation is {self.activation!r}; it must be 'none' or 'silu'", field="activation"
+                f"lightning.activation is {self.activation!r}; it must be 'none' or 'silu'",
+                field="activation",
             )
 
     def inputs(self) -> Mapping[str, Shape]:
-        return {name: (self.num_heads, self.head_dim) for name in ("q", "k", "v")}
+        return dict.fromkeys(("q", "k", "v"), (self.num_heads, self.head_dim))
 
     def output(self) -> Shape:
         return (self.num_heads, self.head_dim)
@@ -433,8 +436,7 @@ class ShortConv(LinearGeometry):
 
 
 GEOMETRIES: Mapping[str, type[Geometry]] = {
-    cls.mechanism: cls
-    for cls in (Gqa, Mla, GatedDelta, KimiDelta, Lightning, Mamba2, Mamba1, ShortConv)
+    cls.mechanism: cls for cls in (Gqa, Mla, GatedDelta, KimiDelta, Lightning, Mamba2, Mamba1, ShortConv)
 }
 
 
@@ -512,7 +514,8 @@ class LayerPlan:
         for spec in self.layers:
             if spec.layer_id in seen:
                 raise ConfigInvalid(
-                    f"layer id {spec.layer_id} stands twice in the {self.role.value} plan", layer_id=spec.layer_id
+                    f"layer id {spec.layer_id} stands twice in the {self.role.value} plan",
+                    layer_id=spec.layer_id,
                 )
             seen.add(spec.layer_id)
 

@@ -29,10 +29,12 @@ disable_created_metrics()
 PORTS = {"orchestrator": 9400, "full": 9401, "linear": 9402}
 """Default port of each process's endpoint."""
 
-LATENCY_BUCKETS = tuple(base * scale for scale in (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0) for base in (1, 2.5, 5))
+LATENCY_BUCKETS = tuple(
+    base * scale for scale in (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0) for base in (1, 2.5, 5)
+)
 """Seconds: from a microsecond to five seconds, three per decade."""
 
-TOKEN_BUCKETS = tuple(float(2**power) for power in range(0, 17))
+TOKEN_BUCKETS = tuple(float(2**power) for power in range(17))
 
 MODES = ("extend", "decode", "verify", "mixed")
 
@@ -48,7 +50,10 @@ class ProcessMetrics:
     def __init__(self, service: str, version: str) -> None:
         self.registry = CollectorRegistry()
         self._refused = Counter(
-            "braid_refused", "Requests refused, by reason of the error table.", ["reason"], registry=self.registry
+            "braid_refused",
+            "Requests refused, by reason of the error table.",
+            ["reason"],
+            registry=self.registry,
         )
         info = Gauge(
             "braid_build_info",
@@ -59,7 +64,10 @@ class ProcessMetrics:
         info.labels(service, version).set(1)
         self.epoch = Gauge("braid_epoch", "Current epoch; 0: not configured.", registry=self.registry)
         self.plan_seconds = Histogram(
-            "braid_plan_seconds", "Time to check and plan a batch.", buckets=LATENCY_BUCKETS, registry=self.registry
+            "braid_plan_seconds",
+            "Time to check and plan a batch.",
+            buckets=LATENCY_BUCKETS,
+            registry=self.registry,
         )
         self._dispatch = Counter(
             "braid_layer_dispatch",

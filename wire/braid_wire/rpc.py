@@ -59,7 +59,7 @@ class _Undecodable:
     error: str
 
 
-class _Manners(grpc.ServerInterceptor):  # type: ignore[misc]
+class _Manners(grpc.ServerInterceptor):
     """Wraps every handler so that errors leave it as the error table says."""
 
     def __init__(self, refused: RefusalHook) -> None:
@@ -185,7 +185,9 @@ class Server:
                 pair = (tls.key.read_bytes(), tls.certificate.read_bytes())
                 port = self.grpc.add_secure_port(address, grpc.ssl_server_credentials([pair]))
         except (RuntimeError, OSError) as error:
-            raise RequestInvalid(f"cannot listen on {address}: {error}", field="address", value=address) from error
+            raise RequestInvalid(
+                f"cannot listen on {address}: {error}", field="address", value=address
+            ) from error
         if address.startswith("unix:"):
             path = Path(address.removeprefix("unix:"))
             path.chmod(0o600)
@@ -228,5 +230,7 @@ def _is_loopback(address: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError as error:
         raise RequestInvalid(
-            f"address {address} is not HOST:PORT or unix:PATH with a literal host", field="address", value=address
+            f"address {address} is not HOST:PORT or unix:PATH with a literal host",
+            field="address",
+            value=address,
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -29,7 +30,10 @@ def view_of(tensor: torch.Tensor, arena: Arena) -> common_pb2.TensorView:
         shape=tensor.shape,
         strides=() if tensor.is_contiguous() else tensor.stride(),
     )
-    if offset < 0 or offset + _extent_bytes(tensor.shape, tensor.stride(), tensor.itemsize) > arena.size_bytes:
+    if (
+        offset < 0
+        or offset + _extent_bytes(tensor.shape, tensor.stride(), tensor.itemsize) > arena.size_bytes
+    ):
         raise ViewInvalid(f"the tensor does not lie in arena {arena.arena_id} ({arena.label})")
     return view
 
@@ -71,11 +75,23 @@ class ArenaMap:
         """
         arena = self._arenas.get(view.arena_id)
         if arena is None:
-            raise ArenaUnknown(f"{name} names arena {view.arena_id}, which is not mapped", arena_id=view.arena_id)
+            raise ArenaUnknown(
+                f"{name} names arena {view.arena_id}, which is not mapped", arena_id=view.arena_id
+            )
         dtype = dtypes.from_pb(view.dtype)
         shape, strides = tuple(view.shape), tuple(view.strides) or _contiguous(view.shape)
         if len(shape) != len(strides) or len(shape) > _MAX_DIMS:
             raise ViewInvalid(f"{name} has {len(shape)} extents and {len(strides)} strides", field=name)
+        # Bounded before any arithmetic of torch, which is 64-bit: neither an extent that a stride of 0
+        # makes harmless nor a stride that is never taken may overflow it.
+        if max((*shape, *strides), default=0) > arena.size_bytes or (
+            math.prod(shape) * dtype.itemsize > arena.size_bytes
+        ):
+            raise ViewInvalid(
+                f"{name} has shape {list(shape)} and strides {list(strides)}; arena {arena.arena_id} "
+                f"({arena.label}) has {arena.size_bytes} bytes",
+                field=name,
+            )
         if view.offset % dtype.itemsize:
             raise ViewInvalid(f"{name} begins at byte {view.offset}, unaligned for {dtype}", field=name)
         end = view.offset + _extent_bytes(shape, strides, dtype.itemsize)
@@ -126,10 +142,20 @@ def expect_rows(
     tensors = {}
     for name, shape in declared.items():
         tensor = arenas.expect(views[name], name, dtype, (rows, *shape))
-        if tensor.stride()[1:] != _contiguous(shape):
-            raise ViewInvalid(f"{name} has strides {tensor.stride()}; each row must be contiguous", field=name)
+        if not rows_are_dense(tensor):
+            raise ViewInvalid(
+                f"{name} has strides {tensor.stride()}; each row must be contiguous", field=name
+            )
         tensors[name] = tensor
     return tensors
+
+
+def rows_are_dense(tensor: torch.Tensor) -> bool:
+    """Whether everything below axis 0 is contiguous; an axis of one element has no stride."""
+    if tensor.numel() == 0:
+        return True
+    below = zip(tensor.shape[1:], tensor.stride()[1:], _contiguous(tensor.shape)[1:], strict=True)
+    return all(extent == 1 or stride == dense for extent, stride, dense in below)
 
 
 def overlaps(first: common_pb2.TensorView, second: common_pb2.TensorView) -> bool:

@@ -10,6 +10,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.rpc import status_pb2 as _status_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -572,6 +573,7 @@ class EngineResponse(_message.Message):
     COMMITTED_FIELD_NUMBER: _builtins.int
     ABORTED_FIELD_NUMBER: _builtins.int
     RELEASED_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def opened(self) -> Global___EngineOpened:
         """The step is planned."""
@@ -592,6 +594,12 @@ class EngineResponse(_message.Message):
     def released(self) -> Global___EngineReleased:
         """The sequences are gone."""
 
+    @_builtins.property
+    def failed(self) -> _status_pb2.Status:
+        """The message was refused: code, message and ErrorInfo as a unary call would have had them. An
+        open step is forgotten; the sequences are as they were before it, and the stream goes on.
+        """
+
     def __init__(
         self,
         *,
@@ -600,12 +608,13 @@ class EngineResponse(_message.Message):
         committed: Global___EngineCommitted | None = ...,
         aborted: Global___EngineAborted | None = ...,
         released: Global___EngineReleased | None = ...,
+        failed: _status_pb2.Status | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["aborted", b"aborted", "committed", b"committed", "done", b"done", "message", b"message", "opened", b"opened", "released", b"released"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["aborted", b"aborted", "committed", b"committed", "done", b"done", "failed", b"failed", "message", b"message", "opened", b"opened", "released", b"released"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborted", b"aborted", "committed", b"committed", "done", b"done", "message", b"message", "opened", b"opened", "released", b"released"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborted", b"aborted", "committed", b"committed", "done", b"done", "failed", b"failed", "message", b"message", "opened", b"opened", "released", b"released"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["opened", "done", "committed", "aborted", "released"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["opened", "done", "committed", "aborted", "released", "failed"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -629,7 +638,9 @@ class EngineOpened(_message.Message):
 
     @_builtins.property
     def tickets(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineTicket]:
-        """For each layer and side, in plan order: where inputs go and the output comes."""
+        """For each layer and side, in plan order: where inputs go and the output comes. Layers of the same
+        geometry share their buffers: use an output up before the next layer's inputs are written.
+        """
 
     @_builtins.property
     def summary(self) -> _attention_pb2.PlanSummary:

@@ -94,7 +94,8 @@ class OrchestratorServicer(object):
 
     def Attend(self, request_iterator, context):
         """Runs attention layer by layer for an engine that owns its own body. The stream owns its
-        sequences: their pages and slots are freed when it ends.
+        sequences: their pages and slots are freed when it ends. While a step is open no other request
+        runs, so a stream that says nothing for 30 seconds inside one ends: DEADLINE_EXCEEDED STEP_TIMEOUT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

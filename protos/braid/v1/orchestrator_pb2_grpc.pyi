@@ -41,7 +41,8 @@ class OrchestratorStub:
     """Logits or log-probabilities of given tokens, all sequences in packed steps."""
     Attend: _grpc.StreamStreamMultiCallable[_orchestrator_pb2.EngineRequest, _orchestrator_pb2.EngineResponse]
     """Runs attention layer by layer for an engine that owns its own body. The stream owns its
-    sequences: their pages and slots are freed when it ends.
+    sequences: their pages and slots are freed when it ends. While a step is open no other request
+    runs, so a stream that says nothing for 30 seconds inside one ends: DEADLINE_EXCEEDED STEP_TIMEOUT.
     """
     Status: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.StatusRequest, _orchestrator_pb2.StatusResponse]
     """What the cell is doing, layer by layer."""
@@ -61,7 +62,8 @@ class OrchestratorAsyncStub(OrchestratorStub):
     """Logits or log-probabilities of given tokens, all sequences in packed steps."""
     Attend: _aio.StreamStreamMultiCallable[_orchestrator_pb2.EngineRequest, _orchestrator_pb2.EngineResponse]  # type: ignore[assignment]
     """Runs attention layer by layer for an engine that owns its own body. The stream owns its
-    sequences: their pages and slots are freed when it ends.
+    sequences: their pages and slots are freed when it ends. While a step is open no other request
+    runs, so a stream that says nothing for 30 seconds inside one ends: DEADLINE_EXCEEDED STEP_TIMEOUT.
     """
     Status: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.StatusRequest, _orchestrator_pb2.StatusResponse]  # type: ignore[assignment]
     """What the cell is doing, layer by layer."""
@@ -102,7 +104,8 @@ class OrchestratorServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_orchestrator_pb2.EngineResponse], _abc.AsyncIterator[_orchestrator_pb2.EngineResponse]]:
         """Runs attention layer by layer for an engine that owns its own body. The stream owns its
-        sequences: their pages and slots are freed when it ends.
+        sequences: their pages and slots are freed when it ends. While a step is open no other request
+        runs, so a stream that says nothing for 30 seconds inside one ends: DEADLINE_EXCEEDED STEP_TIMEOUT.
         """
 
     @_abc_1.abstractmethod

@@ -1,0 +1,166 @@
+"""Full-attention kernels as an attention core."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from braid.v1 import attention_pb2, common_pb2
+from braid_kernels import errors as kernel_errors
+from braid_kernels.backend import FullBackend, FullKernel, FullLayer, FullPlan
+from braid_kernels.geometry import FullGeometry, Gqa, Mla
+from braid_kernels.metadata import PagedMeta
+from braid_kernels.registry import default_full_backend, full_backend
+from braid_wire import dtypes
+from braid_wire.attention_core import AttentionCore, LayerRunner, PlannedBatch
+from braid_wire.errors import (
+    BatchInvalid,
+    BraidError,
+    ConfigInvalid,
+    LayerPlanDisputed,
+    MechanismUnsupported,
+    PlanMismatch,
+    RequestInvalid,
+    ServiceFault,
+    ViewInvalid,
+)
+from braid_wire.layers import Geometry, Kind, LayerSpec, Role
+from braid_wire.metrics import versions
+
+GEOMETRIES: Mapping[str, type[FullGeometry]] = {cls.mechanism: cls for cls in (Gqa, Mla)}
+
+REFUSALS: Mapping[type[Exception], type[BraidError]] = {
+    kernel_errors.MetadataError: BatchInvalid,
+    kernel_errors.PlanError: PlanMismatch,
+    kernel_errors.InputError: ViewInvalid,
+    kernel_errors.LayerError: ViewInvalid,
+    kernel_errors.GeometryError: ConfigInvalid,
+    kernel_errors.UnsupportedError: MechanismUnsupported,
+}
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """What the runners of one batch need."""
+
+    meta: PagedMeta
+    plan: FullPlan
+
+
+class FullAttention(AttentionCore):
+    """Softmax attention over paged keys and values.
+
+    Args:
+        backend: the kernels.
+        max_tokens: most tokens in one step; 0: no limit.
+    """
+
+    kind = Kind.FULL
+    refusals = REFUSALS
+
+    def __init__(self, backend: FullBackend, max_tokens: int = 0) -> None:
+        self._backend = backend
+        self._max_tokens = max_tokens
+
+    def describe(self) -> attention_pb2.DescribeResponse:
+        can = self._backend.capabilities
+        return attention_pb2.DescribeResponse(
+            kind=common_pb2.KIND_FULL,
+            backend=self._backend.name,
+            mechanisms=sorted(can.mechanisms),
+            devices=["cpu"],
+            dtypes=dtypes.to_pb_all(can.dtypes),
+            planning=attention_pb2.Planning.Value(f"PLANNING_{can.planning.name}"),
+            chunked_prefix=can.chunked_prefix,
+            ragged=attention_pb2.Ragged.Value(f"RAGGED_{can.ragged.name}"),
+            graphs=can.graphs,
+            max_tokens=self._max_tokens,
+            versions=versions(("braid-attention", "grpcio", "torch")),
+        )
+
+    def supports(
+        self, geometry: Geometry, activation_dtype: torch.dtype, state_dtype: torch.dtype
+    ) -> str | None:
+        can = self._backend.capabilities
+        if geometry.mechanism not in can.mechanisms:
+            return f"backend {self._backend.name} has no kernel for {geometry.mechanism}"
+        if activation_dtype not in can.dtypes:
+            return f"backend {self._backend.name} does not take {dtypes.name_of(activation_dtype)}"
+        try:
+            _kernel_geometry(geometry)
+        except kernel_errors.GeometryError as error:
+            return str(error)
+        return None
+
+    def runner(
+        self,
+        spec: LayerSpec,
+        geometry: Geometry,
+        params: Mapping[str, torch.Tensor],
+        memory: Mapping[str, torch.Tensor],
+        page_size: int,
+    ) -> LayerRunner:
+        kernel = self._backend.layer(FullLayer(_kernel_geometry(geometry), params, memory))
+        return _Runner(kernel)
+
+    def plan(
+        self, role: Role, arrays: Mapping[str, torch.Tensor], page_size: int, options: Mapping[str, str]
+    ) -> PlannedBatch:
+        meta = PagedMeta(arrays["cu_seqlens"], arrays["context_lens"], arrays["page_table"])
+        plan = self._backend.plan(meta, page_size, options)
+        summary = attention_pb2.PlanSummary(
+            qo_indptr_last=plan.qo_indptr_last,
+            kv_tokens=plan.kv_tokens,
+            workspace_bytes=plan.workspace_bytes,
+            ignored_options=plan.ignored_options,
+            planned=plan.payload is not None,
+        )
+        return PlannedBatch(summary, _Planned(meta, plan))
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """One resolved layer."""
+
+    kernel: FullKernel
+
+    def __call__(self, inputs: Mapping[str, torch.Tensor], planned: PlannedBatch, out: torch.Tensor) -> None:
+        batch = planned.payload
+        if not isinstance(batch, _Planned):
+            raise ServiceFault("a full layer was given a batch that another core planned")
+        self.kernel(inputs, batch.meta, batch.plan, out)
+
+
+def _kernel_geometry(geometry: Geometry) -> FullGeometry:
+    """The kernels' own form of a geometry of the wire."""
+    found = GEOMETRIES.get(geometry.mechanism)
+    if found is None:
+        raise LayerPlanDisputed(f"{geometry.mechanism} is no full attention", mechanism=geometry.mechanism)
+    return found(**asdict(geometry))
+
+
+def load(backend: str, threads: int, max_tokens: int = 0) -> FullAttention:
+    """A core with its kernels loaded.
+
+    Args:
+        backend: name, or "auto" for the fastest that loads.
+        threads: of the kernels.
+        max_tokens: most tokens in one step; 0: no limit.
+
+    Raises:
+        RequestInvalid: no backend has this name.
+        ServiceFault: the kernels cannot be built.
+    """
+    try:
+        found = default_full_backend() if backend == "auto" else full_backend(backend)
+    except kernel_errors.UnknownBackendError as error:
+        raise RequestInvalid(str(error), field="backend", value=backend) from error
+    except kernel_errors.BuildError as error:
+        raise ServiceFault(str(error), backend=backend) from error
+    torch.set_num_threads(threads)
+    if found.name == "cpp":
+        from braid_kernels.native import set_num_threads
+
+        set_num_threads(threads)
+    return FullAttention(found, max_tokens)

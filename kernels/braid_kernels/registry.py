@@ -1,0 +1,112 @@
+"""Backends by name. Factories are lazy: naming a backend must not import or compile another."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from braid_kernels.backend import FullBackend, LinearBackend
+from braid_kernels.errors import BuildError, UnknownBackendError
+
+logger = logging.getLogger(__name__)
+
+B = TypeVar("B", LinearBackend, FullBackend)
+
+_fallback_lock = threading.Lock()
+_fallback_reason: str | None = None
+
+
+class Registry(Generic[B]):
+    """Name -> backend; each is made once, on first use."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self._factories: dict[str, Callable[[], B]] = {}
+        self._made: dict[str, B] = {}
+        self._lock = threading.Lock()
+
+    def register(self, name: str, factory: Callable[[], B]) -> None:
+        self._factories[name] = factory
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self._factories))
+
+    def get(self, name: str) -> B:
+        """The backend. Raises UnknownBackendError, or what its factory raises (BuildError for "cpp")."""
+        with self._lock:
+            if name not in self._made:
+                if name not in self._factories:
+                    raise UnknownBackendError(self._kind, name, self.names())
+                self._made[name] = self._factories[name]()
+            return self._made[name]
+
+
+def _reference_linear() -> LinearBackend:
+    from braid_kernels.reference import ReferenceLinearBackend
+
+    return ReferenceLinearBackend()
+
+
+def _reference_full() -> FullBackend:
+    from braid_kernels.reference import ReferenceFullBackend
+
+    return ReferenceFullBackend()
+
+
+def _cpp_linear() -> LinearBackend:
+    from braid_kernels.native import CppLinearBackend
+
+    return CppLinearBackend()
+
+
+def _cpp_full() -> FullBackend:
+    from braid_kernels.native import CppFullBackend
+
+    return CppFullBackend()
+
+
+LINEAR: Registry[LinearBackend] = Registry("linear")
+LINEAR.register("reference", _reference_linear)
+LINEAR.register("cpp", _cpp_linear)
+
+FULL: Registry[FullBackend] = Registry("full")
+FULL.register("reference", _reference_full)
+FULL.register("cpp", _cpp_full)
+
+
+def linear_backend(name: str) -> LinearBackend:
+    """The linear backend `name`. Raises UnknownBackendError, or BuildError for "cpp"."""
+    return LINEAR.get(name)
+
+
+def full_backend(name: str) -> FullBackend:
+    """The full backend `name`. Raises UnknownBackendError, or BuildError for "cpp"."""
+    return FULL.get(name)
+
+
+def _default(registry: Registry[B]) -> B:
+    """ "cpp", or "reference" where it cannot be built; the first fallback of the process warns."""
+    global _fallback_reason
+    with _fallback_lock:
+        if _fallback_reason is not None:
+            return registry.get("reference")
+        try:
+            return registry.get("cpp")
+        except BuildError as error:
+            _fallback_reason = str(error)
+            logger.warning(
+                "the C++ kernels are not available, so the slow torch reference stands in: %s", error
+            )
+    return registry.get("reference")
+
+
+def default_linear_backend() -> LinearBackend:
+    """ "cpp", or "reference" (with one warning per process, naming why) where it cannot be built."""
+    return _default(LINEAR)
+
+
+def default_full_backend() -> FullBackend:
+    """ "cpp", or "reference" (with one warning per process, naming why) where it cannot be built."""
+    return _default(FULL)

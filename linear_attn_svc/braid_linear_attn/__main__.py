@@ -1,0 +1,27 @@
+"""`python -m braid_linear_attn`: serves linear attention."""
+
+from __future__ import annotations
+
+import click
+from braid_wire.attention_servicer import run_service
+from braid_wire.metrics import PORTS
+from braid_wire.process import ServiceOptions, service_options, thread_count
+
+from braid_linear_attn.core import load
+
+
+@click.command("braid-linear-attn")
+@service_options(metrics_port=PORTS["linear"])
+def main(options: ServiceOptions) -> None:
+    """Serve recurrent attention over states of fixed size.
+
+    Prints one line of JSON on stdout once it serves. Exits with 0 after SIGTERM, 2 on bad usage, 1
+    on a fault.
+    """
+    run_service(
+        "linear", options, lambda: load(options.backend, thread_count(options.threads), options.max_tokens)
+    )
+
+
+if __name__ == "__main__":
+    main(prog_name="braid-linear-attn")

@@ -1,0 +1,1 @@
+"""One module for each family, or group of closely related families, of models."""

@@ -1,0 +1,215 @@
+"""The engine: one thread that schedules steps, walks them, and hands out what they made."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from braid_wire.batch import IntArray
+from braid_wire.errors import (
+    BraidError,
+    Draining,
+    RequestCancelled,
+    RequestInvalid,
+    ServiceFault,
+)
+from braid_wire.layers import Role
+
+from braid_orchestrator.metrics import CellMetrics
+from braid_orchestrator.request import Failed, Finished, Request
+from braid_orchestrator.scheduler import Part, Scheduler
+from braid_orchestrator.store import Limits
+from braid_orchestrator.walker import Walker
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests in hand."""
+
+    running: int
+    waiting: int
+
+
+class Engine:
+    """Runs requests.
+
+    Args:
+        walker: runs steps.
+        limits: of the cell.
+        vocab_size: token ids are below it.
+        metrics: of this process.
+    """
+
+    def __init__(self, walker: Walker, limits: Limits, vocab_size: int, metrics: CellMetrics) -> None:
+        self.limits = limits
+        self.vocab_size = vocab_size
+        self._walker = walker
+        self._metrics = metrics
+        self._scheduler = Scheduler((walker.memory(Role.TARGET),), limits)
+        self._live: dict[str, Request] = {}
+        self._change = threading.Condition()
+        self._draining = False
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    @property
+    def draining(self) -> bool:
+        """Whether new requests are refused."""
+        return self._draining
+
+    @property
+    def load(self) -> Load:
+        """Requests in hand."""
+        with self._change:
+            return Load(len(self._scheduler.running), len(self._scheduler.waiting))
+
+    def submit(self, request: Request) -> None:
+        """Take a request; its events tell of it from now on.
+
+        Raises:
+            RequestInvalid: a token id or the request id is wrong.
+            Draining: nothing new is taken.
+            PoolExhausted: it could never fit.
+            QueueFull: too many wait.
+        """
+        low, high = int(request.prompt.min()), int(request.prompt.max())
+        if low < 0 or high >= self.vocab_size:
+            raise RequestInvalid(
+                f"the prompt has token id {high if low >= 0 else low}; ids are 0 … {self.vocab_size - 1}",
+                field="prompt",
+            )
+        with self._change:
+            if self._draining or self._closed:
+                raise Draining("the cell is draining and takes no new requests")
+            if request.request_id in self._live:
+                raise RequestInvalid(
+                    f"request id {request.request_id!r} is live already",
+                    field="request_id",
+                    value=request.request_id,
+                )
+            self._scheduler.add(request)
+            self._live[request.request_id] = request
+            self._change.notify_all()
+
+    def cancel(self, request: Request) -> None:
+        """End a request at the next step; one that has ended already stays as it is."""
+        with self._change:
+            request.cancelled = True
+            self._change.notify_all()
+
+    def drain(self, timeout_s: float | None) -> int:
+        """Take nothing new, wait for what is in hand, and say how much is left."""
+        with self._change:
+            self._draining = True
+            self._change.notify_all()
+            self._change.wait_for(lambda: not self._live, timeout_s)
+            return len(self._live)
+
+    def close(self) -> None:
+        """Stop after the step that is under way; what is in hand fails with `Draining`."""
+        with self._change:
+            self._closed = True
+            self._change.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+        with self._change:
+            for request in list(self._live.values()):
+                self._end(request, Failed(Draining("the cell has stopped")))
+
+    def _work(self) -> None:
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: self._closed or not self._scheduler.idle)
+                if self._closed:
+                    return
+                self._drop_cancelled()
+                parts = self._scheduler.next()
+                self._note_load()
+            if parts:
+                self._step(parts)
+
+    def _step(self, parts: Sequence[Part]) -> None:
+        now = time.monotonic()
+        for part in parts:
+            if part.request.began is None:
+                part.request.began = now
+                self._metrics.queue_seconds.observe(now - part.request.arrived)
+        try:
+            logits = self._walker.run([part.span for part in parts], _rows(parts))
+        except BraidError as error:
+            self._fail(parts, error)
+        except Exception as error:
+            log.exception("a step failed by our own fault")
+            self._fail(parts, ServiceFault(f"{type(error).__name__}: {error}"))
+        else:
+            self._hand_out(parts, logits)
+
+    def _hand_out(self, parts: Sequence[Part], logits: torch.Tensor) -> None:
+        pieces = logits.split([part.rows for part in parts])
+        with self._change:
+            for part, piece in zip(parts, pieces, strict=True):
+                before = part.request.made
+                self._metrics.prompt_tokens.inc(_prompt_tokens(part))
+                finished = part.request.advance(piece)
+                if part.request.made > before:
+                    self._note_token(part.request)
+                if finished is not None:
+                    self._end(part.request, finished)
+
+    def _fail(self, parts: Sequence[Part], error: BraidError) -> None:
+        with self._change:
+            for part in parts:
+                self._end(part.request, Failed(error))
+
+    def _drop_cancelled(self) -> None:
+        for request in [request for request in self._live.values() if request.cancelled]:
+            self._end(request, Failed(RequestCancelled(f"request {request.request_id} was cancelled")))
+
+    def _end(self, request: Request, event: Finished | Failed) -> None:
+        """Free what a request holds, then tell its caller; the caller may count on both."""
+        self._scheduler.remove(request)
+        if self._live.pop(request.request_id, None) is None:
+            return
+        outcome = event.reason.value if isinstance(event, Finished) else event.error.reason.lower()
+        self._metrics.finished.labels(outcome).inc()
+        self._metrics.request_seconds.observe(time.monotonic() - request.arrived)
+        request.events.put(event)
+        self._note_load()
+        self._change.notify_all()
+
+    def _note_token(self, request: Request) -> None:
+        now = time.monotonic()
+        if request.last_token is None:
+            self._metrics.time_to_first.observe(now - request.arrived)
+        else:
+            self._metrics.inter_token.observe(now - request.last_token)
+        request.last_token = now
+        self._metrics.generated_tokens.inc()
+
+    def _note_load(self) -> None:
+        self._metrics.running.set(len(self._scheduler.running))
+        self._metrics.waiting.set(len(self._scheduler.waiting))
+
+
+def _rows(parts: Sequence[Part]) -> IntArray:
+    """int64: the tokens of the packed batch whose logits are wanted, part by part."""
+    ends = np.cumsum([len(part.span.tokens) for part in parts])
+    return np.concatenate([np.arange(end - part.rows, end) for end, part in zip(ends, parts, strict=True)])
+
+
+def _prompt_tokens(part: Part) -> int:
+    """How many of a committed span's tokens were the caller's."""
+    fed = part.request.memory.length
+    began = fed - len(part.span.tokens)
+    return max(min(fed, len(part.request.prompt)) - began, 0)

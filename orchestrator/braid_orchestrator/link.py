@@ -1,0 +1,204 @@
+"""The way to one service: over gRPC to another process, or straight to a host in this one."""
+
+from __future__ import annotations
+
+import queue
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import TypeVar
+
+import grpc
+from braid.v1 import attention_pb2 as pb
+from braid.v1 import attention_pb2_grpc
+from braid_wire import rpc
+from braid_wire.attention_host import AttentionHost
+from braid_wire.errors import ServiceLost, StepOrder, from_rpc_error, from_status
+from braid_wire.layers import Kind
+
+Response = TypeVar("Response")
+
+
+class Walk(ABC):
+    """A stream of steps to one service; every message but a close has one answer."""
+
+    @abstractmethod
+    def call(self, request: pb.WalkRequest) -> pb.WalkResponse:
+        """Send a message and wait for its answer.
+
+        Raises:
+            BraidError: the service refused it (the stream lives on), or was lost.
+        """
+
+    @abstractmethod
+    def post(self, request: pb.WalkRequest) -> None:
+        """Send a message that has no answer."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the stream."""
+
+
+class Link(ABC):
+    """One service: `kind` is FULL or LINEAR, `name` is for people."""
+
+    def __init__(self, kind: Kind, address: str) -> None:
+        self.kind = kind
+        self.name = kind.value
+        self.address = address
+
+    @abstractmethod
+    def describe(self) -> pb.DescribeResponse:
+        """What the service is and can do; `ServiceLost` where it does not answer."""
+
+    @abstractmethod
+    def configure(self, request: pb.ConfigureRequest) -> pb.ConfigureResponse:
+        """Give it layers, memory and parameters."""
+
+    @abstractmethod
+    def plan(self, request: pb.PlanRequest) -> pb.PlanResponse:
+        """Check and plan a batch."""
+
+    @abstractmethod
+    def attend(self, request: pb.AttendRequest) -> pb.AttendResponse:
+        """Run one layer."""
+
+    @abstractmethod
+    def walk(self) -> Walk:
+        """Open a stream of steps."""
+
+    @abstractmethod
+    def wait_ready(self, timeout_s: float) -> None:
+        """Wait until the service can be reached; `ServiceLost` after the time."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the service."""
+
+
+class RemoteLink(Link):
+    """A service in another process.
+
+    Args:
+        kind: what it should be.
+        address: `unix:PATH` or `HOST:PORT`.
+        timeout_s: longest time that one call may take.
+    """
+
+    def __init__(self, kind: Kind, address: str, timeout_s: float = 120.0) -> None:
+        super().__init__(kind, address)
+        self._timeout = timeout_s
+        self._channel = rpc.channel(address)
+        self._stub = attention_pb2_grpc.AttentionServiceStub(self._channel)
+
+    @property
+    def peer(self) -> str:
+        """Name and address, for errors."""
+        return f"the {self.name} service at {self.address}"
+
+    def describe(self) -> pb.DescribeResponse:
+        return self._call(self._stub.Describe, pb.DescribeRequest())
+
+    def configure(self, request: pb.ConfigureRequest) -> pb.ConfigureResponse:
+        return self._call(self._stub.Configure, request)
+
+    def plan(self, request: pb.PlanRequest) -> pb.PlanResponse:
+        return self._call(self._stub.Plan, request)
+
+    def attend(self, request: pb.AttendRequest) -> pb.AttendResponse:
+        return self._call(self._stub.Attend, request)
+
+    def walk(self) -> Walk:
+        return _RemoteWalk(self._stub, self.peer)
+
+    def wait_ready(self, timeout_s: float) -> None:
+        try:
+            self._stub.Describe(pb.DescribeRequest(), timeout=timeout_s, wait_for_ready=True)
+        except grpc.RpcError as error:
+            raise ServiceLost(
+                f"{self.peer} did not come up within {timeout_s:.0f} s: {error.details()}", peer=self.name
+            ) from error
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def _call(self, method: grpc.UnaryUnaryMultiCallable, request: object) -> Response:  # type: ignore[type-var]
+        try:
+            return method(request, timeout=self._timeout)  # type: ignore[no-any-return]
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self.peer) from error
+
+
+class _RemoteWalk(Walk):
+    def __init__(self, stub: attention_pb2_grpc.AttentionServiceStub, peer: str) -> None:
+        self._peer = peer
+        self._outbox: queue.SimpleQueue[pb.WalkRequest | None] = queue.SimpleQueue()
+        self._responses = stub.Walk(iter(self._outbox.get, None))
+
+    def call(self, request: pb.WalkRequest) -> pb.WalkResponse:
+        self._outbox.put(request)
+        try:
+            response: pb.WalkResponse = next(self._responses)
+        except StopIteration:
+            raise ServiceLost(f"{self._peer} ended the walk", peer=self._peer) from None
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self._peer) from error
+        if response.HasField("failed"):
+            raise from_status(response.failed)
+        return response
+
+    def post(self, request: pb.WalkRequest) -> None:
+        self._outbox.put(request)
+
+    def close(self) -> None:
+        self._outbox.put(None)
+        self._responses.cancel()
+
+
+class EmbeddedLink(Link):
+    """A service's host in this process: the same contract without a process boundary."""
+
+    def __init__(self, kind: Kind, host: AttentionHost) -> None:
+        super().__init__(kind, "embedded")
+        self._host = host
+
+    def describe(self) -> pb.DescribeResponse:
+        return self._host.describe()
+
+    def configure(self, request: pb.ConfigureRequest) -> pb.ConfigureResponse:
+        return self._host.configure(request)
+
+    def plan(self, request: pb.PlanRequest) -> pb.PlanResponse:
+        return self._host.plan(request)
+
+    def attend(self, request: pb.AttendRequest) -> pb.AttendResponse:
+        return self._host.attend(request)
+
+    def walk(self) -> Walk:
+        return _EmbeddedWalk(self._host)
+
+    def wait_ready(self, timeout_s: float) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+
+class _EmbeddedWalk(Walk):
+    def __init__(self, host: AttentionHost) -> None:
+        self._walk = host.open_walk()
+
+    def call(self, request: pb.WalkRequest) -> pb.WalkResponse:
+        answers: Iterator[pb.WalkResponse] = iter(self._walk.handle(request))
+        response = next(answers, None)
+        if response is None:
+            raise StepOrder("a walk message that needs an answer had none")
+        if response.HasField("failed"):
+            raise from_status(response.failed)
+        return response
+
+    def post(self, request: pb.WalkRequest) -> None:
+        for _ in self._walk.handle(request):
+            raise StepOrder("a walk message without an answer had one")
+
+    def close(self) -> None:
+        return

@@ -1,0 +1,266 @@
+"""The `Orchestrator` gRPC service: from message to work to message, and nothing else."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+
+import grpc
+import numpy as np
+import torch
+from braid.v1 import orchestrator_pb2 as pb
+from braid.v1 import orchestrator_pb2_grpc
+from braid_wire import convert
+from braid_wire.arena import Allocator, Arena
+from braid_wire.errors import ConfigInvalid, RequestInvalid, ServiceLost
+from braid_wire.layers import Kind
+from braid_wire.rpc import Server
+from braid_wire.views import view_of
+
+from braid_orchestrator.cell import Cell
+from braid_orchestrator.dispatcher import Point
+from braid_orchestrator.engine_stream import EngineStream
+from braid_orchestrator.request import Failed, Finish, Finished, Request, Scored, Token
+from braid_orchestrator.sampling import Sampling
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Orchestrator"].full_name
+LOGITS_KEPT_S = 60.0
+"""How long logits wait to be fetched before their memory is given back."""
+
+_FINISH = {Finish.STOP: pb.FINISH_REASON_STOP, Finish.LENGTH: pb.FINISH_REASON_LENGTH}
+
+
+class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServicer):
+    """Serves one cell.
+
+    Args:
+        cell: what it serves.
+        server: whose readiness follows the cell's.
+    """
+
+    def __init__(self, cell: Cell, server: Server) -> None:
+        self._cell = cell
+        self._server = server
+        self._started = time.monotonic()
+
+    def GetLayerPlan(
+        self, request: pb.GetLayerPlanRequest, context: grpc.ServicerContext
+    ) -> pb.GetLayerPlanResponse:
+        plans = [convert.plan_to_pb(plan) for plan in self._cell.store.plans.values()]
+        return pb.GetLayerPlanResponse(family=self._cell.plans.family, plans=plans)
+
+    def Generate(
+        self, request: pb.GenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.GenerateResponse]:
+        work = self._request(request)
+        self._cell.engine.submit(work)
+        context.add_callback(lambda: self._cell.engine.cancel(work))
+        text = self._cell.tokenizer.stream() if self._cell.tokenizer is not None else None
+        for event in work.stream():
+            if isinstance(event, Token):
+                yield pb.GenerateResponse(
+                    request_id=work.request_id,
+                    token_ids=[event.token_id],
+                    text=text.push(event.token_id) if text is not None else "",
+                )
+            elif isinstance(event, Failed):
+                raise event.error
+            elif isinstance(event, Finished):
+                yield pb.GenerateResponse(
+                    request_id=work.request_id,
+                    finish_reason=_FINISH[event.reason],
+                    prompt_tokens=len(work.prompt),
+                    completion_tokens=work.made,
+                )
+
+    def Score(self, request: pb.ScoreRequest, context: grpc.ServicerContext) -> pb.ScoreResponse:
+        if not request.sequences:
+            raise RequestInvalid("there are no sequences to score", field="sequences")
+        before = self._cell.walker.steps
+        works = [
+            Request(
+                request_id=uuid.uuid4().hex,
+                prompt=np.array(sequence.ids, dtype=np.int64),
+                chunk=request.chunk,
+                decode_tail=request.decode_tail,
+            )
+            for sequence in request.sequences
+        ]
+        context.add_callback(lambda: self._cancel(works))
+        logits = self._score(works)
+        response = pb.ScoreResponse(steps=self._cell.walker.steps - before)
+        for work, rows in zip(works, logits, strict=True):
+            response.scores.append(pb.SequenceScore(token_logprobs=_logprobs(rows, work.prompt)))
+        if request.want_logits:
+            self._share(response, logits)
+        return response
+
+    def Attend(
+        self, request_iterator: Iterator[pb.EngineRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.EngineResponse]:
+        return EngineStream(self._cell).serve(request_iterator)
+
+    def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusResponse:
+        cell = self._cell
+        load = cell.engine.load
+        return pb.StatusResponse(
+            state=self._state(),
+            model=str(cell.model),
+            family=cell.plans.family,
+            epoch=cell.dispatcher.epoch,
+            services=[self._service(kind) for kind in cell.dispatcher.links],
+            layers=[self._layer(point) for point in cell.dispatcher.totals],
+            pools=self._pools(),
+            running=load.running,
+            waiting=load.waiting,
+            steps=cell.walker.steps,
+            replays=cell.walker.replays,
+            dispatch=cell.options.dispatch.value,
+            uptime_seconds=time.monotonic() - self._started,
+        )
+
+    def Drain(self, request: pb.DrainRequest, context: grpc.ServicerContext) -> pb.DrainResponse:
+        if not 0 <= request.timeout_seconds < float("inf"):
+            raise RequestInvalid(
+                f"timeout_seconds is {request.timeout_seconds}; it must be a finite number ≥ 0",
+                field="timeout_seconds",
+                value=request.timeout_seconds,
+            )
+        self._server.set_ready(False)
+        timeout = request.timeout_seconds or context.time_remaining()
+        return pb.DrainResponse(remaining=self._cell.engine.drain(timeout))
+
+    def _request(self, request: pb.GenerateRequest) -> Request:
+        if request.max_tokens < 1:
+            raise RequestInvalid(
+                f"max_tokens is {request.max_tokens}; it must be at least 1",
+                field="max_tokens",
+                value=request.max_tokens,
+            )
+        own_stops: frozenset[int] = frozenset() if request.ignore_eos else self._cell.stop_ids
+        return Request(
+            request_id=request.request_id or uuid.uuid4().hex,
+            prompt=np.array(self._prompt(request), dtype=np.int64),
+            sampling=_sampling(request),
+            max_tokens=request.max_tokens,
+            stop_ids=own_stops | frozenset(request.stop_token_ids),
+        )
+
+    def _prompt(self, request: pb.GenerateRequest) -> Sequence[int]:
+        which = request.WhichOneof("prompt")
+        if which == "tokens":
+            return request.tokens.ids
+        if which is None:
+            raise RequestInvalid("the request has no prompt", field="prompt")
+        if self._cell.tokenizer is None:
+            raise ConfigInvalid(f"{self._cell.model.name} has no tokenizer; send token ids", field="text")
+        return self._cell.tokenizer.encode(request.text)
+
+    def _score(self, works: Sequence[Request]) -> list[torch.Tensor]:
+        """float32 [L, V] of each; where one fails, the others are ended too."""
+        engine = self._cell.engine
+        try:
+            for work in works:
+                engine.submit(work)
+            return [_scored(work) for work in works]
+        except BaseException:
+            self._cancel(works)
+            raise
+
+    def _cancel(self, works: Sequence[Request]) -> None:
+        for work in works:
+            self._cell.engine.cancel(work)
+
+    def _share(self, response: pb.ScoreResponse, logits: Sequence[torch.Tensor]) -> None:
+        """Put logits into memory of their own, which the first to fetch it keeps."""
+        owner = self._cell.owner
+        size = sum(-(-rows.nbytes // 64) * 64 for rows in logits)
+        arena = owner.create(size, "logits", once=True)
+        allocator = Allocator(arena)
+        for score, rows in zip(response.scores, logits, strict=True):
+            score.logits.CopyFrom(view_of(allocator.empty(rows.shape, rows.dtype).copy_(rows), arena))
+        response.logits_arena.CopyFrom(owner.describe(arena))
+        self._expire(arena)
+
+    def _expire(self, arena: Arena) -> None:
+        timer = threading.Timer(LOGITS_KEPT_S, self._cell.owner.release, (arena,))
+        timer.daemon = True
+        timer.start()
+
+    def _state(self) -> str:
+        if self._cell.engine.draining:
+            return "draining"
+        return "recovering" if self._cell.walker.recovering else "serving"
+
+    def _service(self, kind: Kind) -> pb.ServiceStatus:
+        link = self._cell.dispatcher.links[kind]
+        status = pb.ServiceStatus(name=link.name, address=link.address)
+        try:
+            status.description.CopyFrom(link.describe())
+        except ServiceLost:
+            return status
+        status.ready = status.description.epoch > 0
+        return status
+
+    def _layer(self, point: Point) -> pb.LayerStatus:
+        role, layer_id, side = point
+        totals = self._cell.dispatcher.totals[point]
+        count = max(totals.count, 1)
+        geometry = self._cell.dispatcher.spec(role, layer_id).geometry(side)
+        return pb.LayerStatus(
+            role=convert.ROLES[role],
+            layer_id=layer_id,
+            side=convert.KINDS[side],
+            mechanism=geometry.mechanism,
+            dispatches=dict(totals.dispatches),
+            compute_seconds=totals.compute_s / count,
+            overhead_seconds=totals.overhead_s / count,
+        )
+
+    def _pools(self) -> list[pb.PoolStatus]:
+        found = []
+        for role, memory in self._cell.store.memory.items():
+            for pool in (memory.pages, memory.slots):
+                if pool is not None:
+                    found.append(
+                        pb.PoolStatus(
+                            role=convert.ROLES[role],
+                            name=pool.name,
+                            used=pool.used,
+                            total=pool.total,
+                            unit_bytes=pool.unit_bytes,
+                        )
+                    )
+        return found
+
+
+def _sampling(request: pb.GenerateRequest) -> Sampling:
+    given = request.sampling
+    return Sampling(
+        temperature=given.temperature,
+        top_k=given.top_k,
+        top_p=given.top_p if given.HasField("top_p") else 1.0,
+        min_p=given.min_p,
+        seed=given.seed if given.HasField("seed") else None,
+    )
+
+
+def _scored(work: Request) -> torch.Tensor:
+    logits: torch.Tensor | None = None
+    for event in work.stream():
+        if isinstance(event, Failed):
+            raise event.error
+        if isinstance(event, Scored):
+            logits = event.logits
+    if logits is None:
+        raise RequestInvalid("the request made no scores")
+    return logits
+
+
+def _logprobs(logits: torch.Tensor, prompt: np.ndarray) -> list[float]:
+    """[L−1]: natural-log probability of each token after those before it."""
+    following = torch.from_numpy(prompt[1:])[:, None]
+    chosen = logits[:-1].log_softmax(-1).gather(1, following)
+    return [float(value) for value in chosen[:, 0]]

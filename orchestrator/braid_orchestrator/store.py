@@ -1,0 +1,350 @@
+"""The cell's shared memory: parameters, pages, states, generation tables, metadata, activations.
+
+All of it belongs to the orchestrator. Services get views of it when they are configured and with
+every step, and keep nothing when they go.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from braid.v1 import attention_pb2 as pb
+from braid.v1 import common_pb2
+from braid_wire import convert, dtypes
+from braid_wire.arena import ALIGNMENT, Allocator, Arena, ArenaOwner
+from braid_wire.batch import SHARED_DTYPES, Batch
+from braid_wire.errors import BatchInvalid, ConfigInvalid, ViewInvalid
+from braid_wire.layers import Kind, LayerPlan, LayerSpec, Role
+from braid_wire.views import view_of
+
+from braid_orchestrator.memory import Pool, RoleMemory
+
+LayerParams = Mapping[tuple[Role, int], Mapping[str, torch.Tensor]]
+"""(role, layer id) → parameter name → tensor, for the layers that have any."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much a cell holds.
+
+    Raises:
+        ConfigInvalid: a value is below 1.
+    """
+
+    max_tokens: int = 2048
+    """Tokens of one step (the token budget)."""
+    max_sequences: int = 64
+    """Sequences of one step."""
+    max_context: int = 4096
+    """Tokens of one sequence, prompt and completion."""
+    page_size: int = 16
+    """Positions in a page."""
+    pool_bytes: int = 1 << 30
+    """Pages and slots of all roles together, bytes. The memory is taken as it is used."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "max_sequences", "max_context", "page_size", "pool_bytes"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ConfigInvalid(f"{name} is {value}; it must be at least 1", field=name, value=value)
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """Element types of a cell."""
+
+    activation: torch.dtype = torch.float32
+    state: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Where one layer side's tensors of a step lie: [rows, …] each."""
+
+    inputs: Mapping[str, torch.Tensor]
+    output: torch.Tensor
+
+
+class Store:
+    """Makes and lays out the arenas of a cell.
+
+    Args:
+        owner: makes arenas and hands them to the services.
+        plans: of each role.
+        params: static parameters; copied once into shared memory.
+        limits: sizes.
+        element: dtypes.
+
+    Raises:
+        ConfigInvalid: `pool_bytes` is too small for a single sequence.
+        ViewInvalid: a parameter is missing or has another shape than its geometry says.
+    """
+
+    def __init__(
+        self,
+        owner: ArenaOwner,
+        plans: Mapping[Role, LayerPlan],
+        params: LayerParams,
+        limits: Limits,
+        element: Dtypes,
+    ) -> None:
+        self.owner = owner
+        self.plans = plans
+        self.limits = limits
+        self.element = element
+        self._arenas: list[Arena] = []
+        self.params = self._share_params(params)
+        self._caches: dict[tuple[Role, int], dict[str, torch.Tensor]] = {}
+        self._tables: dict[Role, dict[str, torch.Tensor]] = {}
+        self.memory = self._make_memory()
+        self._activations: dict[object, Buffers] = {}
+        self._activation_arena = self._make_activations()
+        self._metadata = Allocator(self._arena(self._metadata_bytes(), "metadata"))
+
+    def buffers(self, spec: LayerSpec, side: Kind, rows: int) -> Buffers:
+        """The first `rows` rows of the buffers of one layer side.
+
+        Layers of the same geometry share them: a layer's output is used up by the body before the
+        next layer's inputs are written.
+
+        Raises:
+            BatchInvalid: more rows than the cell's token budget.
+        """
+        if rows > self.limits.max_tokens:
+            raise BatchInvalid(
+                f"the step has {rows} tokens; the cell takes {self.limits.max_tokens}", field="num_tokens"
+            )
+        whole = self._activations[spec.geometry(side)]
+        return Buffers({name: tensor[:rows] for name, tensor in whole.inputs.items()}, whole.output[:rows])
+
+    def view(self, tensor: torch.Tensor) -> common_pb2.TensorView:
+        """The message that names an activation buffer."""
+        return view_of(tensor, self._activation_arena)
+
+    def publish(self, batch: Batch) -> pb.Batch:
+        """Put a batch's arrays into shared memory and name them in a message.
+
+        The memory is used again by the next batch that is published.
+        """
+        self._metadata.reset()
+        message = pb.Batch(
+            role=convert.ROLES[batch.role],
+            epoch=batch.epoch,
+            step=batch.step,
+            lane=batch.lane,
+            num_tokens=batch.num_tokens,
+            num_sequences=batch.num_sequences,
+        )
+        for name, array in batch.shared().items():
+            shared = self._metadata.empty(array.shape, SHARED_DTYPES[name])
+            shared.numpy()[...] = array
+            getattr(message, name).CopyFrom(view_of(shared, self._metadata.arena))
+        return message
+
+    def configure_request(self, kind: Kind, epoch: int, cell: str) -> pb.ConfigureRequest:
+        """All that the service of one kind needs to know."""
+        request = pb.ConfigureRequest(
+            epoch=epoch,
+            cell=cell,
+            plans=[convert.plan_to_pb(plan) for plan in self.plans.values()],
+            arenas=[self.owner.describe(arena) for arena in self._arenas],
+            activation_dtype=dtypes.to_pb(self.element.activation),
+            state_dtype=dtypes.to_pb(self.element.state),
+        )
+        for role, plan in self.plans.items():
+            layers = plan.side(kind)
+            if layers:
+                request.pools.append(self._pools_message(role, kind))
+                request.storage.extend(self._storage_message(role, spec, kind) for spec in layers)
+        return request
+
+    def activations(self) -> common_pb2.Arena:
+        """The message from which a client can map the activation buffers."""
+        return self.owner.describe(self._activation_arena)
+
+    def zero_copy_arenas(self) -> Sequence[Arena]:
+        """The arenas themselves, for a service in this process."""
+        return tuple(self._arenas)
+
+    def close(self) -> None:
+        """Give all shared memory back."""
+        for arena in self._arenas:
+            self.owner.release(arena)
+
+    def _arena(self, size_bytes: int, label: str) -> Arena:
+        arena = self.owner.create(max(size_bytes, ALIGNMENT), label)
+        self._arenas.append(arena)
+        return arena
+
+    def _share_params(self, params: LayerParams) -> dict[tuple[Role, int], dict[str, torch.Tensor]]:
+        for role, plan in self.plans.items():
+            for spec in plan:
+                _check_params(role, spec, params.get((role, spec.layer_id), {}))
+        tensors = [tensor for group in params.values() for tensor in group.values()]
+        arena = self._arena(_bytes((t.shape, t.dtype) for t in tensors), "params")
+        allocator = Allocator(arena)
+        self._params_arena = arena
+        return {
+            key: {name: allocator.empty(t.shape, t.dtype).copy_(t) for name, t in group.items()}
+            for key, group in params.items()
+        }
+
+    def _make_memory(self) -> dict[Role, RoleMemory]:
+        counts = self._pool_sizes()
+        memory = {}
+        for role, plan in self.plans.items():
+            pages, slots = counts[role]
+            parts: list[tuple[str, Kind, int]] = [("pages", Kind.FULL, pages), ("slots", Kind.LINEAR, slots)]
+            pools: dict[str, Pool | None] = {}
+            for name, kind, count in parts:
+                pools[name] = self._make_pool(role, plan, name, kind, count)
+            memory[role] = RoleMemory(role, pools["pages"], pools["slots"], self.limits.page_size)
+        return memory
+
+    def _make_pool(self, role: Role, plan: LayerPlan, name: str, kind: Kind, count: int) -> Pool | None:
+        """Memory of one role's pages or slots, layer by layer, and their generation table."""
+        layers = plan.side(kind)
+        if not layers:
+            return None
+        shapes = {spec.layer_id: self._memory_shapes(spec, kind, count) for spec in layers}
+        table_shape = ((count,), torch.int64)
+        wanted = [item for group in shapes.values() for item in group.values()]
+        allocator = Allocator(self._arena(_bytes([*wanted, table_shape]), f"{role.value}-{name}"))
+        for layer_id, group in shapes.items():
+            tensors = {key: allocator.empty(*shape) for key, shape in group.items()}
+            self._caches.setdefault((role, layer_id), {}).update(tensors)
+        table = allocator.empty(*table_shape)
+        self._tables.setdefault(role, {})[name] = table
+        return Pool(name, table.numpy(), self._unit_bytes(plan, kind))
+
+    def _memory_shapes(
+        self, spec: LayerSpec, kind: Kind, count: int
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        activation = self.element.activation
+        if kind is Kind.FULL and spec.full is not None:
+            lead = (count, self.limits.page_size)
+            return {name: ((*lead, *shape), activation) for name, shape in spec.full.caches().items()}
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        if spec.linear is not None:
+            state, conv = spec.linear.state(), spec.linear.conv()
+            if state is not None:
+                shapes["state"] = ((count, *state), self.element.state)
+            if conv is not None:
+                shapes["conv"] = ((count, *conv), activation)
+        return shapes
+
+    def _unit_bytes(self, plan: LayerPlan, kind: Kind) -> int:
+        """Bytes of one page or one slot over all layers of a role."""
+        itemsize, state_itemsize = self.element.activation.itemsize, self.element.state.itemsize
+        if kind is Kind.FULL:
+            per_token = sum(s.full.kv_bytes_per_token(itemsize) for s in plan if s.full is not None)
+            return per_token * self.limits.page_size
+        return sum(s.linear.state_bytes(itemsize, state_itemsize) for s in plan if s.linear is not None)
+
+    def _pool_sizes(self) -> dict[Role, tuple[int, int]]:
+        """(pages, slots) of each role.
+
+        Every sequence of a step reads one slot and writes another, so there are twice as many
+        slots as sequences; pages get what is left of the budget, up to what all sequences at full
+        length could use.
+        """
+        limits = self.limits
+        slots = 2 * limits.max_sequences
+        slot_bytes = sum(self._unit_bytes(plan, Kind.LINEAR) for plan in self.plans.values())
+        page_bytes = sum(self._unit_bytes(plan, Kind.FULL) for plan in self.plans.values())
+        per_sequence = -(-limits.max_context // limits.page_size)
+        budget = limits.pool_bytes - slots * slot_bytes
+        pages = limits.max_sequences * per_sequence
+        if page_bytes:
+            pages = min(pages, budget // page_bytes)
+        if budget < 0 or pages < per_sequence:
+            needed = slots * slot_bytes + per_sequence * page_bytes
+            raise ConfigInvalid(
+                f"pool_bytes is {limits.pool_bytes}; {limits.max_sequences} sequences and one context of "
+                f"{limits.max_context} tokens need {needed}",
+                field="pool_bytes",
+                value=limits.pool_bytes,
+            )
+        return dict.fromkeys(self.plans, (pages, slots))
+
+    def _make_activations(self) -> Arena:
+        rows, dtype = self.limits.max_tokens, self.element.activation
+        geometries = {
+            spec.geometry(side)
+            for plan in self.plans.values()
+            for side in (Kind.FULL, Kind.LINEAR)
+            for spec in plan.side(side)
+        }
+        shapes = [((rows, *shape), dtype) for g in geometries for shape in (*g.inputs().values(), g.output())]
+        arena = self._arena(_bytes(shapes), "activations")
+        allocator = Allocator(arena)
+        for geometry in geometries:
+            self._activations[geometry] = Buffers(
+                {n: allocator.empty((rows, *shape), dtype) for n, shape in geometry.inputs().items()},
+                allocator.empty((rows, *geometry.output()), dtype),
+            )
+        return arena
+
+    def _metadata_bytes(self) -> int:
+        limits = self.limits
+        sequences = limits.max_sequences
+        pages = max((m.pages.total for m in self.memory.values() if m.pages is not None), default=0)
+        per_table = min(-(-limits.max_context // limits.page_size), pages) * sequences * (4 + 8)
+        return per_table + sequences * 64 + limits.max_tokens * (4 + 8) + len(SHARED_DTYPES) * ALIGNMENT * 2
+
+    def _pools_message(self, role: Role, kind: Kind) -> pb.RolePools:
+        name, arena_label = ("pages", "pages") if kind is Kind.FULL else ("slots", "slots")
+        arena = self._labelled(f"{role.value}-{arena_label}")
+        view = view_of(self._tables[role][name], arena)
+        if kind is Kind.FULL:
+            return pb.RolePools(
+                role=convert.ROLES[role], page_size=self.limits.page_size, page_generation=view
+            )
+        return pb.RolePools(role=convert.ROLES[role], slot_generation=view)
+
+    def _storage_message(self, role: Role, spec: LayerSpec, kind: Kind) -> pb.LayerStorage:
+        geometry = spec.geometry(kind)
+        params = self.params.get((role, spec.layer_id), {})
+        names = self._memory_shapes(spec, kind, 1)
+        arena = self._labelled(f"{role.value}-{'pages' if kind is Kind.FULL else 'slots'}")
+        memory = self._caches[role, spec.layer_id]
+        return pb.LayerStorage(
+            role=convert.ROLES[role],
+            layer_id=spec.layer_id,
+            params={n: view_of(params[n], self._params_arena) for n in geometry.params() if n in params},
+            memory={name: view_of(memory[name], arena) for name in names},
+        )
+
+    def _labelled(self, label: str) -> Arena:
+        return next(arena for arena in self._arenas if arena.label == label)
+
+
+def _check_params(role: Role, spec: LayerSpec, given: Mapping[str, torch.Tensor]) -> None:
+    """Every parameter that a layer's geometries declare is there and shaped as they say."""
+    declared: dict[str, tuple[int, ...]] = {}
+    optional: set[str] = set()
+    for geometry in (spec.full, spec.linear):
+        if geometry is not None:
+            declared.update(geometry.params())
+            optional |= geometry.optional_params()
+    where = f"{role.value} layer {spec.layer_id} ({spec.mechanism})"
+    for name in declared.keys() - given.keys() - optional:
+        raise ViewInvalid(f"{where} lacks the parameter {name}", layer_id=spec.layer_id, field=name)
+    for name, tensor in given.items():
+        if name not in declared or tuple(tensor.shape) != declared[name]:
+            raise ViewInvalid(
+                f"{where} has parameter {name} {list(tensor.shape)}; it takes {dict(declared)}",
+                layer_id=spec.layer_id,
+                field=name,
+            )
+
+
+def _bytes(shapes: Iterable[tuple[Iterable[int], torch.dtype]]) -> int:
+    """Bytes that an allocator needs for these tensors."""
+    total = 0
+    for shape, dtype in shapes:
+        total += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+    return total

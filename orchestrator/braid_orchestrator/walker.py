@@ -1,0 +1,126 @@
+"""One step through all layers, and what happens when a service is lost in the middle of it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from braid_wire.batch import IntArray
+from braid_wire.errors import EpochStale, NotConfigured, ServiceLost
+from braid_wire.layers import Role
+
+from braid_orchestrator.body.base import Body
+from braid_orchestrator.dispatcher import Dispatcher, Step
+from braid_orchestrator.memory import RoleMemory, Span, Staged
+from braid_orchestrator.metrics import CellMetrics
+
+log = logging.getLogger(__name__)
+
+# What a restarted service answers before it is configured again; a replay then loses nothing.
+RECOVERABLE = (ServiceLost, NotConfigured, EpochStale)
+
+
+class Walker:
+    """Runs steps, one at a time.
+
+    Args:
+        body: the model without its attention.
+        dispatcher: leads its layers to the services.
+        metrics: of this process.
+        recovery_s: longest wait for a lost service before the step fails.
+        replays: times that one step is run again.
+    """
+
+    def __init__(
+        self,
+        body: Body,
+        dispatcher: Dispatcher,
+        metrics: CellMetrics,
+        recovery_s: float = 60.0,
+        replays: int = 3,
+    ) -> None:
+        self.dispatcher = dispatcher
+        self.recovering = False
+        self.steps = 0
+        self.replays = 0
+        self._body = body
+        self._metrics = metrics
+        self._recovery_s = recovery_s
+        self._max_replays = replays
+        self._lock = threading.Lock()
+
+    def memory(self, role: Role) -> RoleMemory:
+        """The pages and slots of one role."""
+        return self.dispatcher.store.memory[role]
+
+    def run(self, spans: Sequence[Span], rows: IntArray) -> torch.Tensor:
+        """Run one step of the target role, again from its start if a service is lost in it.
+
+        Args:
+            spans: what each sequence feeds.
+            rows: int [n], the tokens of the packed batch whose logits are wanted.
+
+        Returns:
+            float32 [n, V].
+
+        Raises:
+            BraidError: the step failed; every sequence is as it was before.
+        """
+        with self._lock:
+            for attempt in range(self._max_replays + 1):
+                try:
+                    return self._run(spans, rows)
+                except RECOVERABLE as error:
+                    if attempt == self._max_replays:
+                        raise
+                    self.recover(error)
+            raise ServiceLost("the step was not run")
+
+    def _run(self, spans: Sequence[Span], rows: IntArray) -> torch.Tensor:
+        began = time.monotonic()
+        with self.step(Role.TARGET, spans) as (staged, step):
+            logits = self._body(staged.batch, attend=step.attend, rows=rows)
+        self._metrics.step(staged.batch.mode, staged.batch.num_tokens, time.monotonic() - began)
+        return logits
+
+    @contextmanager
+    def step(self, role: Role, spans: Sequence[Span]) -> Iterator[tuple[Staged, Step]]:
+        """A step whose layers the block runs: committed at its end, forgotten if it raises."""
+        memory = self.memory(role)
+        self.steps += 1
+        staged = memory.stage(spans, self.dispatcher.epoch, self.steps)
+        try:
+            step = self.dispatcher.begin(staged.batch)
+            yield staged, step
+            step.finish()
+        except BaseException:
+            memory.abort(staged)
+            self.dispatcher.abort()
+            raise
+        memory.commit(staged)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Keep other steps out, for one that is run layer by layer from outside."""
+        with self._lock:
+            yield
+
+    def recover(self, error: Exception) -> None:
+        """Wait for the services and configure them again; callers keep other steps out.
+
+        Raises:
+            ServiceLost: one did not come back in time.
+        """
+        log.warning("step %d is replayed: %s", self.steps, error)
+        self.recovering = True
+        try:
+            self.dispatcher.connect(self._recovery_s)
+        finally:
+            self.recovering = False
+        self.replays += 1
+        self._metrics.replays.inc()
+        log.info("services are back, epoch %d", self.dispatcher.epoch)

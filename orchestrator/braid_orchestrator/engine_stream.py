@@ -120,7 +120,8 @@ class EngineStream:
         tokens = sum(span.num_tokens for span in begin.spans)
         if min(span.num_tokens for span in begin.spans) < 1 or tokens > limits.max_tokens:
             raise RequestInvalid(
-                f"the spans have {tokens} tokens; each needs at least 1, all together at most {limits.max_tokens}",
+                f"the spans have {tokens} tokens; each needs at least 1, "
+                f"all together at most {limits.max_tokens}",
                 field="num_tokens",
                 value=tokens,
             )

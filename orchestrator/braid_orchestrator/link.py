@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import grpc
@@ -121,9 +121,9 @@ class RemoteLink(Link):
     def close(self) -> None:
         self._channel.close()
 
-    def _call(self, method: grpc.UnaryUnaryMultiCallable, request: object) -> Response:  # type: ignore[type-var]
+    def _call(self, method: Callable[..., Response], request: object) -> Response:
         try:
-            return method(request, timeout=self._timeout)  # type: ignore[no-any-return]
+            return method(request, timeout=self._timeout)
         except grpc.RpcError as error:
             raise from_rpc_error(error, self.peer) from error
 

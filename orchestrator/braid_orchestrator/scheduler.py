@@ -61,10 +61,10 @@ class Scheduler:
                 value=request.total_tokens,
             )
         for memory in self._memory:
-            if memory.pages is not None and memory.pages_for(request.total_tokens) > memory.pages.total:
+            pages = memory.pages_for(request.total_tokens)
+            if memory.pages is not None and pages > memory.pages.total:
                 raise PoolExhausted(
-                    f"the request needs {memory.pages_for(request.total_tokens)} pages; there are {memory.pages.total}",
-                    pool="pages",
+                    f"the request needs {pages} pages; there are {memory.pages.total}", pool="pages"
                 )
         if len(self.waiting) >= self._max_waiting:
             raise QueueFull(f"{len(self.waiting)} requests wait already", waiting=len(self.waiting))

@@ -112,6 +112,9 @@ def start_service(kind: Kind, address: str, *options: str) -> Service:
         raise RuntimeError(f"{command} did not start: {process.stderr.read() if process.stderr else ''}")
     ready = json.loads(line)
     connection = channel(ready["address"])
+    # gRPC remembers an address that failed a moment ago, whatever channel it was.
+    if "--tls-cert" not in options:
+        grpc.channel_ready_future(connection).result(10)
     return Service(kind, process, ready, connection, attention_pb2_grpc.AttentionServiceStub(connection))
 
 

@@ -151,7 +151,7 @@ class ArenaOwner:
         self._lock = threading.Lock()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind(str(socket_path))
-        os.chmod(socket_path, 0o600)
+        socket_path.chmod(0o600)
         self._listener.listen(16)
         self._thread = threading.Thread(target=self._serve, name="arena-handover", daemon=True)
         self._thread.start()
@@ -179,6 +179,8 @@ class ArenaOwner:
 
     def close(self) -> None:
         """Close the socket and every arena."""
+        # A thread that waits in accept() sleeps through a close of its socket; a shutdown wakes it.
+        self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self.socket_path.unlink(missing_ok=True)
         with self._lock:
@@ -241,7 +243,28 @@ def map_arena(described: common_pb2.Arena) -> Arena:
             f"arena {described.arena_id} is announced with {described.size_bytes} bytes but has {size}",
             arena_id=described.arena_id,
         )
-    return HostArena(described.arena_id, fd, described.size_bytes, described.label)
+    if not _is_sealed(fd):
+        os.close(fd)
+        raise ArenaUnknown(
+            f"arena {described.arena_id} ({described.label}) is memory that its owner could shrink",
+            arena_id=described.arena_id,
+        )
+    try:
+        return HostArena(described.arena_id, fd, described.size_bytes, described.label)
+    except OSError as error:
+        os.close(fd)
+        raise ArenaUnknown(
+            f"arena {described.arena_id} ({described.label}) cannot be mapped: {error}",
+            arena_id=described.arena_id,
+        ) from error
+
+
+def _is_sealed(fd: int) -> bool:
+    """Whether the memory behind `fd` can never shrink: touching what has gone would kill us (SIGBUS)."""
+    try:
+        return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
+    except OSError:  # no memfd at all
+        return False
 
 
 def _fetch(described: common_pb2.Arena) -> int:

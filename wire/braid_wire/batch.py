@@ -251,7 +251,8 @@ def _check_pages(arrays: Mapping[str, IntArray], page_size: int, generation: Int
         or (table[used] >= len(generation)).any()
     ):
         raise BatchInvalid(
-            f"page_table does not give every sequence its pages (0 … {len(generation) - 1}, {page_size} positions each)",
+            f"page_table does not give every sequence its pages "
+            f"(0 … {len(generation) - 1}, {page_size} positions each)",
             field="page_table",
         )
     if (generation[table[used]] != named[used]).any():

@@ -67,7 +67,7 @@ def plan_from_pb(message: common_pb2.LayerPlan) -> LayerPlan:
     ours = digest(plan)
     if ours != message.digest:
         raise LayerPlanDisputed(
-            f"the {plan.role.value} plan has digest {ours[:12]} here and {message.digest[:12]} at the sender, "
+            f"the {plan.role.value} plan has digest {ours[:12]} here, {message.digest[:12]} at the sender; "
             f"layers {[spec.layer_id for spec in plan]}",
             role=plan.role.value,
         )

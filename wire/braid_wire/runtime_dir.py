@@ -52,7 +52,8 @@ class RuntimeDirectory:
         path = base / secrets.token_hex(4)
         if len(os.fsencode(path)) > _MAX_PATH:
             raise RequestInvalid(
-                f"run-time directory {path} is too long for Unix sockets; set BRAID_RUNTIME_DIR to a shorter one",
+                f"run-time directory {path} is too long for Unix sockets; "
+                "set BRAID_RUNTIME_DIR to a shorter one",
                 field="BRAID_RUNTIME_DIR",
             )
         try:

@@ -22,7 +22,8 @@ def view_of(tensor: torch.Tensor, arena: Arena) -> common_pb2.TensorView:
     Raises:
         ViewInvalid: the tensor does not lie in the arena.
     """
-    offset = tensor.data_ptr() - arena.memory.data_ptr()
+    # An empty tensor lies nowhere; torch says that its memory is at 0.
+    offset = tensor.data_ptr() - arena.memory.data_ptr() if tensor.numel() else 0
     view = common_pb2.TensorView(
         arena_id=arena.arena_id,
         offset=max(offset, 0),
@@ -97,7 +98,8 @@ class ArenaMap:
         end = view.offset + _extent_bytes(shape, strides, dtype.itemsize)
         if end > arena.size_bytes:
             raise ViewInvalid(
-                f"{name} ends at byte {end} of arena {arena.arena_id} ({arena.label}), which has {arena.size_bytes}",
+                f"{name} ends at byte {end} of arena {arena.arena_id} ({arena.label}), "
+                f"which has {arena.size_bytes}",
                 field=name,
                 arena_id=view.arena_id,
             )

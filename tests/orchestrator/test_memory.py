@@ -1,0 +1,201 @@
+"""Pages and slots: nothing leaks, nothing is shared, and a step that is forgotten never counts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from braid_orchestrator.memory import VERSIONS, Pool, RoleMemory, SequenceMemory, Span, Staged
+from braid_wire.batch import NO_PAGE, NO_SLOT, Pools, check
+from braid_wire.errors import PoolExhausted, ReferenceStale, StepOrder
+from braid_wire.layers import Mode, Role
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+PAGE_SIZE = 4
+
+
+def make(pages: int = 32, slots: int = 8) -> RoleMemory:
+    return RoleMemory(
+        Role.TARGET,
+        Pool("pages", np.zeros(pages, dtype=np.int64), 64),
+        Pool("slots", np.zeros(slots, dtype=np.int64), 128),
+        PAGE_SIZE,
+    )
+
+
+def span(memory: SequenceMemory, tokens: int, mode: Mode = Mode.EXTEND) -> Span:
+    return Span(memory, np.arange(tokens, dtype=np.int64), mode)
+
+
+def valid(memory: RoleMemory, staged: Staged) -> None:
+    """The batch obeys the contract that services enforce."""
+    assert memory.pages is not None
+    assert memory.slots is not None
+    pools = Pools(PAGE_SIZE, memory.pages.generation, memory.slots.generation)
+    check(staged.batch.shared(), staged.batch.num_tokens, pools)
+
+
+def test_commit_swaps_versions_and_advances() -> None:
+    memory, sequence = make(), SequenceMemory(1)
+    first = memory.stage([span(sequence, 5)], epoch=1, step=1)
+    valid(memory, first)
+    assert first.batch.state_in is not None
+    assert list(first.batch.state_in) == [NO_SLOT]
+    memory.commit(first)
+    held = sequence.slot
+    second = memory.stage([span(sequence, 1, Mode.DECODE)], epoch=1, step=2)
+    valid(memory, second)
+    assert second.batch.state_in is not None
+    assert second.batch.state_out is not None
+    assert list(second.batch.state_in) == [held]
+    assert second.batch.state_out[-1] != held
+    assert list(second.batch.positions) == [5]
+    memory.commit(second)
+    assert (sequence.length, sequence.slot) == (6, second.batch.state_out[-1])
+
+
+def test_abort_leaves_the_committed_state_current() -> None:
+    memory, sequence = make(), SequenceMemory(1)
+    memory.commit(memory.stage([span(sequence, 3)], 1, 1))
+    before = (sequence.length, sequence.slot, list(sequence.pages))
+    staged = memory.stage([span(sequence, 6)], 1, 2)
+    memory.abort(staged)
+    assert (sequence.length, sequence.slot) == before[:2]
+    assert sequence.pages[: len(before[2])] == before[2]
+    with pytest.raises(ReferenceStale):  # a late writer of the aborted step is refused
+        valid(memory, staged)
+
+
+def test_a_replayed_step_reads_what_the_first_try_read() -> None:
+    memory, sequence = make(), SequenceMemory(1)
+    memory.commit(memory.stage([span(sequence, 3)], 1, 1))
+    first = memory.stage([span(sequence, 2)], 1, 2)
+    memory.abort(first)
+    second = memory.stage([span(sequence, 2)], 2, 3)
+    valid(memory, second)
+    for name in ("state_in", "page_table", "positions", "context_lens"):
+        assert np.array_equal(getattr(first.batch, name), getattr(second.batch, name)), name
+
+
+def test_the_state_that_a_commit_replaced_is_stale() -> None:
+    memory, sequence = make(), SequenceMemory(1)
+    memory.commit(memory.stage([span(sequence, 3)], 1, 1))
+    second = memory.stage([span(sequence, 1)], 1, 2)
+    memory.commit(second)
+    with pytest.raises(ReferenceStale):
+        valid(memory, second)
+
+
+def test_a_sequence_released_inside_a_step_is_freed_when_it_is_settled() -> None:
+    memory, sequence = make(), SequenceMemory(1)
+    staged = memory.stage([span(sequence, 3)], 1, 1)
+    memory.release(sequence)
+    valid(memory, staged)  # the step that is under way still owns what it writes
+    memory.commit(staged)
+    assert memory.pages is not None
+    assert memory.slots is not None
+    assert (memory.pages.used, memory.slots.used) == (0, 0)
+    with pytest.raises(ReferenceStale):
+        memory.stage([span(sequence, 1)], 1, 2)
+
+
+def test_a_sequence_is_in_one_step_at_a_time() -> None:
+    memory, sequence = make(), SequenceMemory(1)
+    memory.stage([span(sequence, 3)], 1, 1)
+    with pytest.raises(StepOrder):
+        memory.stage([span(sequence, 1)], 1, 2)
+
+
+@pytest.mark.parametrize(("pages", "slots", "pool"), [(2, 8, "pages"), (32, 1, "slots")])
+def test_exhaustion_takes_nothing(pages: int, slots: int, pool: str) -> None:
+    memory, sequence = make(pages, slots), SequenceMemory(1)
+    with pytest.raises(PoolExhausted) as error:
+        memory.acquire(sequence, 12)
+    assert error.value.metadata["pool"] == pool
+    assert memory.pages is not None
+    assert memory.slots is not None
+    assert (memory.pages.used, memory.slots.used) == (0, 0)
+    assert not sequence.pages
+    assert not sequence.spares
+
+
+def test_pages_beyond_the_span_stay_out_of_the_table() -> None:
+    memory, long, short = make(), SequenceMemory(1), SequenceMemory(2)
+    memory.acquire(long, 60)
+    staged = memory.stage([span(long, 2), span(short, 9)], 1, 1)
+    assert staged.batch.page_table is not None
+    assert staged.batch.page_table.shape == (2, 3)
+    assert list(staged.batch.page_table[0, 1:]) == [NO_PAGE, NO_PAGE]
+
+
+class MemoryMachine(RuleBasedStateMachine):
+    """Random steps, commits, aborts and releases against what a plain model of them says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = make(pages=24, slots=10)
+        self.sequences: list[SequenceMemory] = []
+        self.lengths: dict[int, int] = {}
+        self.staged: list[Staged] = []
+        self.steps = 0
+
+    @rule()
+    def open(self) -> None:
+        sequence = SequenceMemory(len(self.lengths))
+        self.sequences.append(sequence)
+        self.lengths[sequence.sequence_id] = 0
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def stage(self, data: st.DataObject) -> None:
+        free = [s for s in self.sequences if not s.staged and not s.released]
+        if not free:
+            return
+        chosen = data.draw(st.lists(st.sampled_from(free), min_size=1, max_size=3, unique_by=id))
+        spans = [span(s, data.draw(st.integers(1, 9))) for s in chosen]
+        self.steps += 1
+        try:
+            staged = self.memory.stage(spans, 1, self.steps)
+        except PoolExhausted:
+            assert not any(s.staged for s in chosen)
+            return
+        valid(self.memory, staged)
+        self.staged.append(staged)
+
+    @precondition(lambda self: self.staged)
+    @rule(commit=st.booleans())
+    def settle(self, commit: bool) -> None:
+        staged = self.staged.pop(0)
+        if commit:
+            for part in staged.spans:
+                self.lengths[part.memory.sequence_id] += len(part.tokens)
+            self.memory.commit(staged)
+        else:
+            self.memory.abort(staged)
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        sequence = data.draw(st.sampled_from(self.sequences))
+        self.memory.release(sequence)
+        if not sequence.staged:
+            self.sequences.remove(sequence)
+
+    @invariant()
+    def books_balance(self) -> None:
+        assert self.memory.pages is not None
+        assert self.memory.slots is not None
+        self.sequences = [s for s in self.sequences if s.staged or not s.released]
+        pages = [page for s in self.sequences for page in s.pages]
+        slots = [x for s in self.sequences for x in (*s.spares, s.slot) if x != NO_SLOT]
+        assert len(set(pages)) == len(pages) == self.memory.pages.used
+        assert len(set(slots)) == len(slots) == self.memory.slots.used
+        for sequence in self.sequences:
+            assert sequence.length == self.lengths[sequence.sequence_id]
+            assert (sequence.slot != NO_SLOT) == (sequence.length > 0)
+            assert len(sequence.spares) + (sequence.slot != NO_SLOT) in (0, VERSIONS)
+
+
+TestMemoryMachine = MemoryMachine.TestCase
+TestMemoryMachine.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)

@@ -2,34 +2,35 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+INSTALLED := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
 PROTOS := braid/v1/common.proto braid/v1/attention.proto braid/v1/orchestrator.proto
 
 .PHONY: demo test smoke lint format protos protos-check bench clean
 
-demo: $(STAMP)  ## Set up, start the three processes on the small model, stream text, show where every layer went.
+demo: $(INSTALLED)  ## Set up, start the three processes on the small model, stream text, show where every layer went.
 	@$(BIN)/python benchmarks/demo.py
 
-test: $(STAMP)  ## Set up and run the whole suite.
+test: $(DEV)  ## Set up and run the whole suite.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-smoke: $(STAMP)  ## The seconds-long check that the whole works.
+smoke: $(DEV)  ## The seconds-long check that the whole works.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m smoke -q
 
-bench: $(STAMP)  ## Decode and prefill of Braid against transformers in one run.
+bench: $(INSTALLED)  ## Decode and prefill of Braid against transformers in one run.
 	@$(BIN)/braid bench decode
 	@$(BIN)/braid bench prefill
 
-lint: $(STAMP)
+lint: $(DEV)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-format: $(STAMP)
+format: $(DEV)
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-protos: $(STAMP)  ## Make the stubs again from protos/.
+protos: $(DEV)  ## Make the stubs again from protos/.
 	@$(BIN)/python -m grpc_tools.protoc -Iprotos -I"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
 	  --python_out=protos --grpc_python_out=protos --mypy_out=quiet:protos --mypy_grpc_out=quiet:protos \
 	  --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc $(PROTOS)
@@ -37,10 +38,10 @@ protos: $(STAMP)  ## Make the stubs again from protos/.
 protos-check: protos  ## Fail where the committed stubs are not what protos/ gives.
 	@git diff --exit-code --stat -- protos || { echo "stubs are out of date: run 'make protos' and commit"; exit 1; }
 
-$(STAMP): pyproject.toml constraints.txt
+$(INSTALLED) $(DEV): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(if $(findstring dev,$@),[dev])'
 	@touch $@
 
 clean:

@@ -1,8 +1,8 @@
 """The attention mathematics of Braid: plain reference and CPU kernels behind one interface.
 
-    backend = default_linear_backend()
-    kernel = backend.layer(LinearLayer(geometry, params, state_pool, conv_pool))   # once
-    kernel({"mixed_qkv": x, "a": a, "b": b}, LinearMeta(cu_seqlens, state_in, state_out), out)  # per step
+backend = default_linear_backend()
+kernel = backend.layer(LinearLayer(geometry, params, state_pool, conv_pool))   # once
+kernel({"mixed_qkv": x, "a": a, "b": b}, LinearMeta(cu_seqlens, state_in, state_out), out)  # per step
 """
 
 from braid_kernels.backend import (
@@ -37,8 +37,10 @@ from braid_kernels.geometry import (
     KimiDelta,
     Lightning,
     LinearGeometry,
+    Mamba1,
     Mamba2,
     Mla,
+    ShortConv,
     Signature,
     signature,
 )
@@ -48,6 +50,7 @@ from braid_kernels.registry import (
     default_linear_backend,
     full_backend,
     linear_backend,
+    set_num_threads,
 )
 
 __all__ = [
@@ -74,6 +77,7 @@ __all__ = [
     "LinearKernel",
     "LinearLayer",
     "LinearMeta",
+    "Mamba1",
     "Mamba2",
     "MetadataError",
     "Mla",
@@ -81,6 +85,7 @@ __all__ = [
     "PlanError",
     "Planning",
     "Ragged",
+    "ShortConv",
     "Signature",
     "UnknownBackendError",
     "UnsupportedError",
@@ -88,5 +93,6 @@ __all__ = [
     "default_linear_backend",
     "full_backend",
     "linear_backend",
+    "set_num_threads",
     "signature",
 ]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from braid_kernels.checks import check_full_layer, check_linear_layer
-from braid_kernels.errors import MetadataError, PlanError
+from braid_kernels.errors import LayerError, MetadataError, PlanError
 from braid_kernels.geometry import FullGeometry, LinearGeometry
 from braid_kernels.metadata import LinearMeta, PagedMeta
 
@@ -51,18 +51,36 @@ class Capabilities:
 class LinearLayer:
     """One linear layer's static tensors. Raises LayerError where they do not fit the geometry.
 
-    state_pool: [num_slots, Hv, dk, dv] fp32 or bf16; conv_pool: [num_slots, C, conv_width - 1] in the
-    activation dtype, the last inputs of the convolution, oldest first; None for mechanisms without a
-    convolution. Both may be strided views on dim 0 only.
+    state_pool: [num_slots, *signature.state] fp32 or bf16; None for mechanisms without a recurrent state.
+    conv_pool: [num_slots, C, conv_width - 1] in the activation dtype, the last inputs of the convolution,
+    oldest first; None for mechanisms without a convolution. Both may be strided views on dim 0 only.
     """
 
     geometry: LinearGeometry
     params: Mapping[str, Tensor]
-    state_pool: Tensor
+    state_pool: Tensor | None
     conv_pool: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_linear_layer(self.geometry, self.params, self.state_pool, self.conv_pool)
+
+    @property
+    def state(self) -> Tensor:
+        """The state pool of a mechanism that has one."""
+        if self.state_pool is None:
+            raise LayerError("state_pool", None, f"{self.geometry.mechanism} has none")
+        return self.state_pool
+
+    @property
+    def conv(self) -> Tensor:
+        """The convolution's pool of a mechanism that has one."""
+        if self.conv_pool is None:
+            raise LayerError("conv_pool", None, f"{self.geometry.mechanism} has none")
+        return self.conv_pool
+
+    @property
+    def num_slots(self) -> int:
+        return (self.conv if self.state_pool is None else self.state_pool).shape[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +202,9 @@ def summarise_plan(meta: PagedMeta, page_size: int, options: Mapping[str, str]) 
             raise MetadataError(f"context_lens[{b}]", context, "must be >= 0")
         if length and context + length > max_pages * page_size:
             raise MetadataError(
-                f"context_lens[{b}]", context, f"plus {length} new tokens outgrow {max_pages} pages of {page_size}"
+                f"context_lens[{b}]",
+                context,
+                f"+ {length} new tokens outgrow {max_pages} pages of {page_size}",
             )
         total += context + length
     return FullPlan(qo_indptr_last=cu[-1], kv_tokens=total, ignored_options=tuple(sorted(options)))
@@ -197,4 +217,5 @@ def check_plan(plan: FullPlan | None, meta: PagedMeta, planning: Planning) -> No
             raise PlanError("plan", None, "this backend requires a plan")
         return
     if plan.qo_indptr_last != meta.num_tokens:
-        raise PlanError("plan.qo_indptr_last", plan.qo_indptr_last, f"must equal num_tokens ({meta.num_tokens})")
+        rule = f"must equal num_tokens ({meta.num_tokens})"
+        raise PlanError("plan.qo_indptr_last", plan.qo_indptr_last, rule)

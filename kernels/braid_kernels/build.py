@@ -22,8 +22,8 @@ from braid_kernels.errors import BuildError
 logger = logging.getLogger(__name__)
 
 SOURCE_DIR = Path(__file__).parent / "cpp"
-SOURCES = ("pool.cpp", "linear.cpp", "attention.cpp")
-HEADERS = ("common.h",)
+SOURCES = ("pool.cpp", "linear.cpp", "mamba1.cpp", "short_conv.cpp", "attention.cpp")
+HEADERS = ("common.h", "spans.h")
 FLAGS = (
     "-O3",
     "-std=c++17",
@@ -113,7 +113,7 @@ def build() -> Path:
             fresh = Path(scratch) / library.name
             logger.info("compiling the CPU kernels with %s into %s", compiler, library)
             _compile(compiler, fresh)
-            os.replace(fresh, library)  # atomic: a reader sees no library or a whole one
+            fresh.replace(library)  # atomic: a reader sees no library or a whole one
     except OSError as error:
         raise BuildError(f"the cache directory {library.parent} is not usable: {error}") from error
     return library

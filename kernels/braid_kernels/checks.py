@@ -59,7 +59,7 @@ def check_params(params: Mapping[str, Tensor], shapes: Mapping[str, Shape], opti
             raise LayerError(f"params[{name}]", tensor.dtype, "must be floating point")
     extra = sorted(set(params) - set(shapes))
     if extra:
-        raise LayerError(f"params[{extra[0]}]", "given", f"is no parameter of this layer; known: {sorted(shapes)}")
+        raise LayerError(f"params[{extra[0]}]", "given", f"is no parameter here; known: {sorted(shapes)}")
 
 
 def _check_pool(name: str, pool: Tensor, inner: Shape) -> None:
@@ -74,23 +74,27 @@ def _check_pool(name: str, pool: Tensor, inner: Shape) -> None:
 
 
 def check_linear_layer(
-    geometry: LinearGeometry, params: Mapping[str, Tensor], state_pool: Tensor, conv_pool: Tensor | None
+    geometry: LinearGeometry,
+    params: Mapping[str, Tensor],
+    state_pool: Tensor | None,
+    conv_pool: Tensor | None,
 ) -> None:
     """Raise LayerError unless the static tensors of a linear layer fit its geometry."""
     sig = signature(geometry)
-    if sig.state is None:
+    if sig.state is None and sig.conv is None:
         raise LayerError("geometry", geometry, "is not a linear mechanism")
     check_params(params, sig.params, sig.optional_params)
-    _check_pool("state_pool", state_pool, sig.state)
-    if sig.conv is None:
-        if conv_pool is not None:
-            raise LayerError("conv_pool", tuple(conv_pool.shape), f"{geometry.mechanism} has no convolution")
-        return
-    if conv_pool is None:
-        raise LayerError("conv_pool", None, f"{geometry.mechanism} needs one")
-    _check_pool("conv_pool", conv_pool, sig.conv)
-    if conv_pool.shape[0] != state_pool.shape[0]:
-        raise LayerError("conv_pool", tuple(conv_pool.shape), f"must have {state_pool.shape[0]} slots, like state_pool")
+    pools = (("state_pool", state_pool, sig.state), ("conv_pool", conv_pool, sig.conv))
+    for name, pool, inner in pools:
+        if (pool is None) != (inner is None):
+            rule = "has none" if inner is None else "needs one"
+            raise LayerError(
+                name, None if pool is None else tuple(pool.shape), f"{geometry.mechanism} {rule}"
+            )
+        if pool is not None and inner is not None:
+            _check_pool(name, pool, inner)
+    if state_pool is not None and conv_pool is not None and conv_pool.shape[0] != state_pool.shape[0]:
+        raise LayerError("conv_pool", tuple(conv_pool.shape), f"must have {state_pool.shape[0]} slots")
 
 
 def check_full_layer(
@@ -110,4 +114,6 @@ def check_full_layer(
             raise LayerError(f"caches[{name}]", tuple(cache.shape), "must be [num_pages, page_size, ...]")
         _check_pool(f"caches[{name}]", cache, (cache.shape[1], *inner))
         if cache.shape[1] < 1 or cache.shape[:2] != first.shape[:2] or cache.dtype != first.dtype:
-            raise LayerError(f"caches[{name}]", tuple(cache.shape), "must agree in pages, page size and dtype")
+            raise LayerError(
+                f"caches[{name}]", tuple(cache.shape), "must agree in page count and size, and dtype"
+            )

@@ -60,8 +60,8 @@ class Gqa:
     sliding_window: int = 0
 
     def __post_init__(self) -> None:
-        for field in ("num_q_heads", "num_kv_heads", "head_dim", "v_head_dim"):
-            _positive(field, getattr(self, field))
+        for name in ("num_q_heads", "num_kv_heads", "head_dim", "v_head_dim"):
+            _positive(name, getattr(self, name))
         _divides("num_kv_heads", self.num_kv_heads, "num_q_heads", self.num_q_heads)
         _scale(self.scale)
         if self.sliding_window < 0:
@@ -84,8 +84,8 @@ class Mla:
     scale: float
 
     def __post_init__(self) -> None:
-        for field in ("num_heads", "qk_nope_head_dim", "v_head_dim", "kv_lora_rank"):
-            _positive(field, getattr(self, field))
+        for name in ("num_heads", "qk_nope_head_dim", "v_head_dim", "kv_lora_rank"):
+            _positive(name, getattr(self, name))
         if self.qk_rope_head_dim < 0:
             raise GeometryError("qk_rope_head_dim", self.qk_rope_head_dim, "must be >= 0")
         _scale(self.scale)
@@ -113,8 +113,8 @@ class GatedDelta:
     beta_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        for field in ("num_k_heads", "num_v_heads", "k_head_dim", "v_head_dim"):
-            _positive(field, getattr(self, field))
+        for name in ("num_k_heads", "num_v_heads", "k_head_dim", "v_head_dim"):
+            _positive(name, getattr(self, name))
         _divides("num_k_heads", self.num_k_heads, "num_v_heads", self.num_v_heads)
         _conv(self.conv_width)
         _scale(self.scale)
@@ -151,7 +151,7 @@ class KimiDelta:
         _finite("gate_lower_bound", self.gate_lower_bound)
         if self.gate_lower_bound > 0:
             raise GeometryError(
-                "gate_lower_bound", self.gate_lower_bound, "must be <= 0 (it bounds a log decay; 0 = unbounded)"
+                "gate_lower_bound", self.gate_lower_bound, "must be <= 0 (bounds a log decay; 0 = none)"
             )
 
     @property
@@ -198,8 +198,8 @@ class Mamba2:
     dt_max: float = math.inf
 
     def __post_init__(self) -> None:
-        for field in ("num_heads", "head_dim", "state_dim", "num_groups"):
-            _positive(field, getattr(self, field))
+        for name in ("num_heads", "head_dim", "state_dim", "num_groups"):
+            _positive(name, getattr(self, name))
         _divides("num_groups", self.num_groups, "num_heads", self.num_heads)
         _conv(self.conv_width)
         _finite("dt_min", self.dt_min)
@@ -214,8 +214,55 @@ class Mamba2:
         return self.num_heads * self.head_dim + 2 * self.num_groups * self.state_dim
 
 
+@dataclass(frozen=True)
+class Mamba1:
+    """Mamba (selective scan): one decay per channel and state column, B and C shared by all channels.
+
+    What lies between convolution and scan (x_proj; RMS norms of dt, B and C, each where its weight is
+    given; dt_proj) belongs to the layer, for it reads the convolution's output.
+    """
+
+    mechanism: ClassVar[str] = "mamba1"
+    inner_dim: int
+    state_dim: int
+    dt_rank: int
+    conv_width: int
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name in ("inner_dim", "state_dim", "dt_rank"):
+            _positive(name, getattr(self, name))
+        _conv(self.conv_width)
+        _finite("norm_eps", self.norm_eps)
+        if self.norm_eps < 0:
+            raise GeometryError("norm_eps", self.norm_eps, "must be >= 0")
+
+    @property
+    def conv_channels(self) -> int:
+        """Channels of the causal convolution."""
+        return self.inner_dim
+
+
+@dataclass(frozen=True)
+class ShortConv:
+    """A causal convolution without activation (LFM2); its last inputs are the only state."""
+
+    mechanism: ClassVar[str] = "short_conv"
+    channels: int
+    conv_width: int
+
+    def __post_init__(self) -> None:
+        _positive("channels", self.channels)
+        _conv(self.conv_width)
+
+    @property
+    def conv_channels(self) -> int:
+        """Channels of the causal convolution."""
+        return self.channels
+
+
 FullGeometry: TypeAlias = Gqa | Mla
-LinearGeometry: TypeAlias = GatedDelta | KimiDelta | Lightning | Mamba2
+LinearGeometry: TypeAlias = GatedDelta | KimiDelta | Lightning | Mamba2 | Mamba1 | ShortConv
 Geometry: TypeAlias = FullGeometry | LinearGeometry
 
 
@@ -224,8 +271,8 @@ class Signature:
     """Shapes at the boundary of one layer.
 
     inputs, output: per-token shapes, i.e. without the leading T. params: full shapes; those in
-    `optional_params` may be absent. state, conv: one slot of the linear pools (conv None: the
-    mechanism has none). caches: one position of the paged caches.
+    `optional_params` may be absent. state, conv: one slot of the linear pools (None: the mechanism
+    has none). caches: one position of the paged caches.
     """
 
     inputs: Mapping[str, Shape]
@@ -252,6 +299,10 @@ def signature(geometry: Geometry) -> Signature:
             return _lightning(geometry)
         case Mamba2():
             return _mamba2(geometry)
+        case Mamba1():
+            return _mamba1(geometry)
+        case ShortConv():
+            return _short_conv(geometry)
         case _:
             raise GeometryError("geometry", geometry, "is not one of the geometry classes")
 
@@ -343,4 +394,36 @@ def _mamba2(g: Mamba2) -> Signature:
         optional_params=frozenset({"conv_bias"}),
         state=(g.num_heads, g.state_dim, g.head_dim),
         conv=(g.conv_channels, g.conv_width - 1),
+    )
+
+
+def _mamba1(g: Mamba1) -> Signature:
+    return Signature(
+        inputs={"x": (g.inner_dim,)},
+        output=(g.inner_dim,),
+        params={
+            "conv_weight": (g.inner_dim, g.conv_width),
+            "conv_bias": (g.inner_dim,),
+            "x_proj": (g.dt_rank + 2 * g.state_dim, g.inner_dim),
+            "dt_norm": (g.dt_rank,),
+            "B_norm": (g.state_dim,),
+            "C_norm": (g.state_dim,),
+            "dt_proj": (g.inner_dim, g.dt_rank),
+            "dt_bias": (g.inner_dim,),
+            "A_log": (g.inner_dim, g.state_dim),
+            "D": (g.inner_dim,),
+        },
+        optional_params=frozenset({"conv_bias", "dt_norm", "B_norm", "C_norm"}),
+        state=(g.inner_dim, g.state_dim),
+        conv=(g.inner_dim, g.conv_width - 1),
+    )
+
+
+def _short_conv(g: ShortConv) -> Signature:
+    return Signature(
+        inputs={"x": (g.channels,)},
+        output=(g.channels,),
+        params={"conv_weight": (g.channels, g.conv_width), "conv_bias": (g.channels,)},
+        optional_params=frozenset({"conv_bias"}),
+        conv=(g.channels, g.conv_width - 1),
     )

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+import torch
+
 from braid_kernels.backend import FullBackend, LinearBackend
 from braid_kernels.errors import BuildError, UnknownBackendError
 
@@ -100,6 +102,19 @@ def _default(registry: Registry[B]) -> B:
                 "the C++ kernels are not available, so the slow torch reference stands in: %s", error
             )
     return registry.get("reference")
+
+
+def set_num_threads(count: int) -> None:
+    """Threads that one kernel call may use, process-wide: of the C++ kernels, else of torch.
+
+    The default is OMP_NUM_THREADS, else every processor this process may use.
+    """
+    if default_linear_backend().name != "cpp":
+        torch.set_num_threads(count)
+        return
+    from braid_kernels.native import set_num_threads as set_native
+
+    set_native(count)
 
 
 def default_linear_backend() -> LinearBackend:

@@ -20,8 +20,10 @@ from braid_kernels.geometry import (
     KimiDelta,
     Lightning,
     LinearGeometry,
+    Mamba1,
     Mamba2,
     Shape,
+    ShortConv,
     signature,
 )
 from braid_kernels.metadata import NO_SLOT, LinearMeta, PagedMeta
@@ -41,7 +43,7 @@ def poisoned_rows(rows: int, inner: Shape, dtype: torch.dtype, pad: int) -> Tens
     """NaN [rows, *inner] whose rows lie `pad` elements apart in a NaN buffer."""
     width = math.prod(inner)
     buffer = torch.full((rows, width + pad), NAN, dtype=dtype)
-    return buffer[:, :width].unflatten(1, inner) if inner else buffer[:, 0]
+    return buffer[:, :width].view(rows, *inner)
 
 
 def random_rows(rows: int, inner: Shape, dtype: torch.dtype, pad: int, g: torch.Generator) -> Tensor:
@@ -58,6 +60,9 @@ def linear_params(geometry: LinearGeometry, g: torch.Generator, bias: bool = Fal
         params["conv_weight"] *= 0.5
     if not bias:
         params.pop("conv_bias", None)
+    for name in ("x_proj", "dt_proj"):
+        if name in params:
+            params[name] /= math.sqrt(shapes[name][1])
     if "A_log" in params:
         params["A_log"] = torch.empty(shapes["A_log"]).uniform_(-2.0, 2.0, generator=g)
     if isinstance(geometry, Lightning):
@@ -97,7 +102,7 @@ class LinearCase:
     params: dict[str, Tensor]
     inputs: dict[str, Tensor]
     meta: LinearMeta
-    state_pool: Tensor
+    state_pool: Tensor  # [slots, 0] for a mechanism without a recurrent state
     conv_pool: Tensor | None
     dtype: torch.dtype
     pad: int = 0
@@ -108,7 +113,8 @@ class LinearCase:
         state = _clone_pool(self.state_pool)
         conv = None if self.conv_pool is None else _clone_pool(self.conv_pool)
         out = poisoned_rows(self.meta.num_tokens, signature(self.geometry).output, self.dtype, self.pad)
-        kernel = backend.layer(LinearLayer(self.geometry, self.params, state, conv))
+        given = None if signature(self.geometry).state is None else state
+        kernel = backend.layer(LinearLayer(self.geometry, self.params, given, conv))
         kernel(self.inputs, self.meta, out)
         return replace(self, state_pool=state, conv_pool=conv, out=out)
 
@@ -121,7 +127,9 @@ def _clone_pool(pool: Tensor) -> Tensor:
 
 
 def _pool(slots: int, inner: Shape, dtype: torch.dtype, gap: int) -> Tensor:
-    return torch.full((slots, math.prod(inner) + gap), NAN, dtype=dtype)[:, : math.prod(inner)].unflatten(1, inner)
+    """NaN [slots, *inner] whose slots lie `gap` elements apart."""
+    width = math.prod(inner)
+    return torch.full((slots, width + gap), NAN, dtype=dtype)[:, :width].view(slots, *inner)
 
 
 def linear_case(
@@ -141,7 +149,7 @@ def linear_case(
     sig = signature(geometry)
     meta = linear_meta(spans)
     inputs = {n: random_rows(meta.num_tokens, s, dtype, pad, g) for n, s in sig.inputs.items()}
-    state = _pool(slots, sig.state or (), state_dtype, gap)
+    state = _pool(slots, sig.state or (0,), state_dtype, gap)
     conv = None if sig.conv is None else _pool(slots, sig.conv, dtype, gap)
     for slot in sorted({s.state_in for s in spans if s.state_in != NO_SLOT}):
         state[slot] = 0.3 * torch.randn(state.shape[1:], generator=g)
@@ -193,7 +201,9 @@ def full_case(
     order = torch.randperm(sum(needed) + spare_pages, generator=g).tolist()
     width = max([*needed, 1])
     table = [[order.pop() for _ in range(n)] + [-1] * (width - n) for n in needed]
-    meta = PagedMeta(cumulative(lengths), int32(contexts), torch.tensor(table, dtype=torch.int32).view(-1, width))
+    meta = PagedMeta(
+        cumulative(lengths), int32(contexts), torch.tensor(table, dtype=torch.int32).view(-1, width)
+    )
     pages = max(1, sum(needed) + spare_pages)
     caches = {}
     for name, inner in sig.caches.items():
@@ -240,4 +250,7 @@ def small_linear_geometries() -> dict[str, LinearGeometry]:
         "lightning_silu": Lightning(2, 36, 1.0, activation="silu"),
         "mamba2": Mamba2(4, 32, 48, 2, 4),
         "mamba2_one_group": Mamba2(12, 20, 33, 1, 4, dt_min=0.01, dt_max=0.5),
+        "mamba1": Mamba1(48, 16, 32, 4),
+        "mamba1_odd": Mamba1(37, 11, 5, 3),
+        "short_conv": ShortConv(53, 3),
     }

@@ -46,7 +46,7 @@ from braid_orchestrator.settings import Settings
     help="Longest time that accepted requests get to finish after SIGTERM.",
 )
 @log_level_option()
-@setting_options
+@setting_options()
 def main(
     settings: Settings,
     model: Path,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from braid_wire.arena import ArenaOwner
-from braid_wire.layers import Kind, LayerPlan, Role
+from braid_wire.layers import Kind
 
 from braid_orchestrator.body import Body, LoadRequest, load_body
 from braid_orchestrator.dispatcher import Dispatch, Dispatcher
@@ -63,10 +63,9 @@ class Cell:
             LoadRequest(model, self.plans, self.options.dtype, self.options.trust_remote_code)
         )
         self.owner = ArenaOwner(handover)
-        plans: dict[Role, LayerPlan] = {Role.TARGET: self.plans.target}
         self.store = Store(
             self.owner,
-            plans,
+            self.body.plans,
             self.body.params,
             self.options.limits,
             Dtypes(self.options.dtype, self.options.state_dtype),

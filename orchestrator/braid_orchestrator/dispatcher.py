@@ -7,7 +7,7 @@ not in it is refused, and a step is not over before every layer of the plan has 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 
 import torch
@@ -61,6 +61,9 @@ class LayerTotals:
 Point = tuple[Role, int, Kind]
 """One side of one layer of one role."""
 
+Observer = Callable[[Point, float, float], None]
+"""Told of every dispatch: which layer, seconds in the kernel, seconds that the body waited besides."""
+
 
 class Dispatcher:
     """Configures the two services and runs steps on them.
@@ -86,6 +89,7 @@ class Dispatcher:
         self.dispatch = dispatch
         self.metrics = metrics
         self.epoch = 0
+        self.observer: Observer | None = None
         self.descriptions: dict[Kind, pb.DescribeResponse] = {}
         self._cell = cell
         self._walks: dict[Kind, Walk] = {}
@@ -179,6 +183,8 @@ class Dispatcher:
         children.seconds["compute"].observe(compute)
         children.seconds["hop"].observe(overhead)
         self.totals[point].add(mode, compute, overhead)
+        if self.observer is not None:
+            self.observer(point, compute, overhead)
 
     def _ticket(self, spec: LayerSpec, side: Kind, rows: int) -> pb.Ticket:
         buffers = self.store.buffers(spec, side, rows)

@@ -18,8 +18,8 @@ from braid_wire.errors import (
     RequestInvalid,
     ServiceFault,
 )
-from braid_wire.layers import Role
 
+from braid_orchestrator.memory import Span
 from braid_orchestrator.metrics import CellMetrics
 from braid_orchestrator.request import Failed, Finished, Request
 from braid_orchestrator.scheduler import Part, Scheduler
@@ -52,7 +52,7 @@ class Engine:
         self.vocab_size = vocab_size
         self._walker = walker
         self._metrics = metrics
-        self._scheduler = Scheduler((walker.memory(Role.TARGET),), limits)
+        self._scheduler = Scheduler([walker.memory(role) for role in walker.body.plans], limits)
         self._live: dict[str, Request] = {}
         self._change = threading.Condition()
         self._draining = False
@@ -89,6 +89,7 @@ class Engine:
                 f"the prompt has token id {high if low >= 0 else low}; ids are 0 … {self.vocab_size - 1}",
                 field="prompt",
             )
+        self._refuse_unable(request)
         with self._change:
             if self._draining or self._closed:
                 raise Draining("the cell is draining and takes no new requests")
@@ -146,14 +147,43 @@ class Engine:
                 part.request.began = now
                 self._metrics.queue_seconds.observe(now - part.request.arrived)
         try:
-            logits = self._walker.run([part.span for part in parts], _rows(parts))
+            output = self._walker.target([part.span for part in parts], _rows(parts))
+            self._draft(parts, output.hidden)
         except BraidError as error:
             self._fail(parts, error)
         except Exception as error:
             log.exception("a step failed by our own fault")
             self._fail(parts, ServiceFault(f"{type(error).__name__}: {error}"))
         else:
-            self._hand_out(parts, logits)
+            self._hand_out(parts, output.logits)
+
+    def _draft(self, parts: Sequence[Part], hidden: torch.Tensor) -> None:
+        """Let the draft follow a committed step, for the requests that want it.
+
+        Args:
+            hidden: [T, hidden], of the step's packed tokens.
+        """
+        spans: list[tuple[Request, Span, torch.Tensor]] = []
+        for part, piece in zip(parts, hidden.split([len(part.span.tokens) for part in parts]), strict=True):
+            span = part.request.draft_span(part.span)
+            if span is not None:
+                first = span.memory.length - (part.request.memory.length - len(part.span.tokens))
+                spans.append((part.request, span, piece[first : first + len(span.tokens)]))
+        if not spans:
+            return
+        rows = torch.cat([piece for _, _, piece in spans])
+        output = self._walker.draft([span for _, span, _ in spans], rows, np.arange(len(rows)))
+        lengths = [len(span.tokens) for _, span, _ in spans]
+        for (request, _, _), logits in zip(spans, output.logits.split(lengths), strict=True):
+            request.take_draft(logits)
+
+    def _refuse_unable(self, request: Request) -> None:
+        """`RequestInvalid` for what this model cannot do."""
+        body = self._walker.body
+        if request.mtp and not body.has_draft:
+            raise RequestInvalid("mtp is set, but the model has no draft layers", field="mtp")
+        if request.mrope_positions is not None and not body.mrope:
+            raise RequestInvalid("the model takes no mrope positions", field="mrope_positions")
 
     def _hand_out(self, parts: Sequence[Part], logits: torch.Tensor) -> None:
         pieces = logits.split([part.rows for part in parts])

@@ -101,6 +101,7 @@ class Span:
     memory: SequenceMemory
     tokens: IntArray  # int64 [n]
     mode: Mode
+    mrope: IntArray | None = None  # int64 [3, n], for models that take such positions
 
 
 @dataclass(frozen=True)
@@ -225,13 +226,15 @@ class RoleMemory:
         context = np.array([span.memory.length for span in spans], dtype=np.int32)
         cu_seqlens = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
         starts = np.repeat(context - cu_seqlens[:-1], lengths)
+        positions = (np.arange(cu_seqlens[-1]) + starts).astype(np.int64)
         return Batch(
             role=self.role,
             epoch=epoch,
             step=step,
             lane=lane,
             input_ids=np.concatenate([span.tokens for span in spans]).astype(np.int64),
-            positions=(np.arange(cu_seqlens[-1]) + starts).astype(np.int64),
+            positions=positions,
+            mrope_positions=_mrope(spans, np.split(positions, cu_seqlens[1:-1])),
             cu_seqlens=cu_seqlens,
             context_lens=context,
             modes=np.array([MODE_CODES[span.mode] for span in spans], dtype=np.uint8),
@@ -262,3 +265,16 @@ class RoleMemory:
             "state_out": state_out,
             "state_out_generations": self.slots.generations(state_out),
         }
+
+
+def _mrope(spans: Seq[Span], positions: Seq[IntArray]) -> IntArray | None:
+    """int64 [3, T] where a span has such positions; text among it has its own in all three rows."""
+    if all(span.mrope is None for span in spans):
+        return None
+    return np.concatenate(
+        [
+            np.broadcast_to(text, (3, len(text))) if span.mrope is None else span.mrope
+            for span, text in zip(spans, positions, strict=True)
+        ],
+        axis=1,
+    )

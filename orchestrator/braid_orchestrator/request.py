@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from braid_wire.batch import IntArray
 from braid_wire.errors import BraidError, RequestInvalid
-from braid_wire.layers import Mode
+from braid_wire.layers import Mode, Role
 
 from braid_orchestrator.memory import SequenceMemory, Span
 from braid_orchestrator.sampling import Sampler, Sampling
@@ -41,6 +41,8 @@ class Scored:
     """Every token was fed; float32 [L, V]: the logits after each."""
 
     logits: torch.Tensor
+    mtp_logits: torch.Tensor | None = None
+    """float32 [L−1, V]: the draft's logits of the token after next, where they were asked for."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,9 @@ class Request:
         stop_ids: tokens that end the request and are not given out.
         chunk: most prompt tokens of one step; 0: as many as the budget allows.
         decode_tail: last prompt tokens that are fed one at a time, as if they had been made.
+        mtp: run the draft over the prompt too, and score with it.
+        mrope_positions: int64 [3, L], a time, a height and a width position for each prompt token;
+            what is made counts on from the largest in all three. For models that take them.
 
     Raises:
         RequestInvalid: a value breaks its rule.
@@ -84,6 +89,8 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     chunk: int = 0
     decode_tail: int = 0
+    mtp: bool = False
+    mrope_positions: IntArray | None = None
 
     def __post_init__(self) -> None:
         if len(self.prompt) < 1:
@@ -92,8 +99,11 @@ class Request:
             value = getattr(self, name)
             if value < 0:
                 raise RequestInvalid(f"{name} is {value}; it must not be negative", field=name, value=value)
+        self._check_mrope()
         self.tokens: list[int] = [int(token) for token in self.prompt]
-        self.memory = SequenceMemory(next(_sequence_ids))
+        sequence_id = next(_sequence_ids)
+        roles = (Role.TARGET, Role.DRAFT) if self.mtp else (Role.TARGET,)
+        self.memories = {role: SequenceMemory(sequence_id) for role in roles}
         self.cancelled = False
         self.arrived = time.monotonic()
         self.began: float | None = None
@@ -101,6 +111,12 @@ class Request:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._sampler = Sampler(self.sampling)
         self._scored: list[torch.Tensor] = []
+        self._drafted: list[torch.Tensor] = []
+
+    @property
+    def memory(self) -> SequenceMemory:
+        """What the sequence holds in the target role."""
+        return self.memories[Role.TARGET]
 
     @property
     def scores(self) -> bool:
@@ -128,11 +144,25 @@ class Request:
         """What to feed in a step that has room for `budget` (at least 1) tokens."""
         fed = self.memory.length
         if self.decoding:
-            return Span(self.memory, np.array(self.tokens[fed : fed + 1], dtype=np.int64), Mode.DECODE)
+            return self._span(self.memory, fed, fed, 1, Mode.DECODE)
         end = len(self.prompt) - self.decode_tail
         end = max(end, fed + 1)
         count = min(end - fed, budget, self.chunk or budget)
-        return Span(self.memory, np.array(self.tokens[fed : fed + count], dtype=np.int64), Mode.EXTEND)
+        return self._span(self.memory, fed, fed, count, Mode.EXTEND)
+
+    def draft_span(self, fed: Span) -> Span | None:
+        """What the draft is fed after the step that committed `fed`: the tokens that follow its rows.
+
+        The draft's position t takes the hidden state of token t and token t+1; a row whose next token
+        is not known yet stays out. None where there is nothing to feed.
+        """
+        memory = self.memories.get(Role.DRAFT)
+        if memory is None:
+            return None
+        begin, end = memory.length, min(self.memory.length, len(self.tokens) - 1)
+        if begin >= end:
+            return None
+        return self._span(memory, begin, begin + 1, end - begin, fed.mode)
 
     def rows_wanted(self, span: Span) -> int:
         """How many of a span's last tokens need logits: all, one or none."""
@@ -150,7 +180,8 @@ class Request:
             self._scored.append(logits)
             if self.memory.length < len(self.tokens):
                 return None
-            self.events.put(Scored(torch.cat(self._scored)))
+            drafted = torch.cat(self._drafted) if self._drafted else None
+            self.events.put(Scored(torch.cat(self._scored), drafted))
             return Finished(Finish.SCORED)
         if len(logits) == 0:
             return None
@@ -161,6 +192,10 @@ class Request:
         self.events.put(Token(token))
         return Finished(Finish.LENGTH) if self.made == self.max_tokens else None
 
+    def take_draft(self, logits: torch.Tensor) -> None:
+        """Keep the draft's logits [n, V] of the rows that `draft_span` named."""
+        self._drafted.append(logits)
+
     def stream(self) -> Iterator[Event]:
         """Events as they come; the last one is `Finished` or `Failed`."""
         while True:
@@ -168,3 +203,29 @@ class Request:
             yield event
             if isinstance(event, Finished | Failed):
                 return
+
+    def _span(self, memory: SequenceMemory, position: int, first: int, count: int, mode: Mode) -> Span:
+        """`count` tokens from token `first` on, at positions from `position` on."""
+        tokens = np.array(self.tokens[first : first + count], dtype=np.int64)
+        return Span(memory, tokens, mode, self._mrope(position, count))
+
+    def _mrope(self, start: int, count: int) -> IntArray | None:
+        """int64 [3, count]: the positions of tokens from `start` on; None for plain ones."""
+        grid = self.mrope_positions
+        if grid is None:
+            return None
+        length = grid.shape[1]
+        made = grid.max() + 1 + np.arange(max(start + count - length, 0))
+        return np.concatenate([grid, np.broadcast_to(made, (3, len(made)))], axis=1)[:, start : start + count]
+
+    def _check_mrope(self) -> None:
+        grid = self.mrope_positions
+        if grid is None:
+            return
+        expected = (3, len(self.prompt))
+        if grid.shape != expected or grid.dtype != np.int64 or (grid < 0).any():
+            raise RequestInvalid(
+                f"mrope_positions is {grid.dtype} {list(grid.shape)}; "
+                f"it must be int64 {list(expected)} and not negative",
+                field="mrope_positions",
+            )

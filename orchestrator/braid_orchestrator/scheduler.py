@@ -90,7 +90,8 @@ class Scheduler:
         if request in self.waiting:
             self.waiting.remove(request)
         for memory in self._memory:
-            memory.release(request.memory)
+            if memory.role in request.memories:
+                memory.release(request.memories[memory.role])
 
     def _admit(self) -> None:
         """Move requests from the queue, in order, while memory for all of each is free."""
@@ -98,7 +99,8 @@ class Scheduler:
             request = self.waiting[0]
             try:
                 for memory in self._memory:
-                    memory.acquire(request.memory, request.total_tokens)
+                    if memory.role in request.memories:
+                        memory.acquire(request.memories[memory.role], request.total_tokens)
             except PoolExhausted:
                 return
             self.running.append(self.waiting.popleft())

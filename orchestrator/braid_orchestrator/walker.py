@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,7 +13,7 @@ from braid_wire.batch import IntArray
 from braid_wire.errors import EpochStale, NotConfigured, ServiceLost
 from braid_wire.layers import Role
 
-from braid_orchestrator.body.base import Body
+from braid_orchestrator.body.base import Body, Output
 from braid_orchestrator.dispatcher import Dispatcher, Step
 from braid_orchestrator.memory import RoleMemory, Span, Staged
 from braid_orchestrator.metrics import CellMetrics
@@ -47,7 +47,7 @@ class Walker:
         self.recovering = False
         self.steps = 0
         self.replays = 0
-        self._body = body
+        self.body = body
         self._metrics = metrics
         self._recovery_s = recovery_s
         self._max_replays = replays
@@ -58,34 +58,59 @@ class Walker:
         return self.dispatcher.store.memory[role]
 
     def run(self, spans: Sequence[Span], rows: IntArray) -> torch.Tensor:
+        """As `target`, for its logits alone."""
+        return self.target(spans, rows).logits
+
+    def target(self, spans: Sequence[Span], rows: IntArray) -> Output:
         """Run one step of the target role, again from its start if a service is lost in it.
 
         Args:
             spans: what each sequence feeds.
             rows: int [n], the tokens of the packed batch whose logits are wanted.
 
-        Returns:
-            float32 [n, V].
-
         Raises:
             BraidError: the step failed; every sequence is as it was before.
         """
+        return self._replayed(
+            Role.TARGET, spans, lambda staged, step: self.body.target(staged.batch, step.attend, rows)
+        )
+
+    def draft(self, spans: Sequence[Span], hidden: torch.Tensor, rows: IntArray) -> Output:
+        """Run one step of the draft role; a target step that it follows stays committed.
+
+        Args:
+            spans: of each sequence, the tokens that follow the hidden states.
+            hidden: [T, hidden], packed as the spans.
+            rows: int [n], the rows whose logits are wanted.
+
+        Raises:
+            BraidError: the step failed; every sequence's draft is as it was before.
+        """
+        return self._replayed(
+            Role.DRAFT,
+            spans,
+            lambda staged, step: self.body.draft(staged.batch, hidden, step.attend, rows),
+        )
+
+    def _replayed(
+        self, role: Role, spans: Sequence[Span], walk: Callable[[Staged, Step], Output]
+    ) -> Output:
         with self._lock:
             for attempt in range(self._max_replays + 1):
                 try:
-                    return self._run(spans, rows)
+                    return self._walked(role, spans, walk)
                 except RECOVERABLE as error:
                     if attempt == self._max_replays:
                         raise
                     self.recover(error)
             raise ServiceLost("the step was not run")
 
-    def _run(self, spans: Sequence[Span], rows: IntArray) -> torch.Tensor:
+    def _walked(self, role: Role, spans: Sequence[Span], walk: Callable[[Staged, Step], Output]) -> Output:
         began = time.monotonic()
-        with self.step(Role.TARGET, spans) as (staged, step):
-            logits = self._body(staged.batch, attend=step.attend, rows=rows)
+        with self.step(role, spans) as (staged, step):
+            output = walk(staged, step)
         self._metrics.step(staged.batch.mode, staged.batch.num_tokens, time.monotonic() - began)
-        return logits
+        return output
 
     @contextmanager
     def step(self, role: Role, spans: Sequence[Span]) -> Iterator[tuple[Staged, Step]]:

@@ -6,6 +6,7 @@ wrong for several families when it continues from its cache or is given packed s
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -129,18 +130,39 @@ def score(
     Args:
         mrope: int64 [3, L] positions of each sequence, for models that take them.
     """
-    extra: list[Mapping[str, Any]] = [
-        {} if positions is None else {"mrope_positions": positions} for positions in mrope or [None] * len(prompts)
-    ]
+    grids = mrope or [None] * len(prompts)
     requests = [
-        Request(
-            f"{schedule.name}-{i}", prompt, chunk=schedule.chunk, decode_tail=schedule.decode_tail, **more
-        )
-        for i, (prompt, more) in enumerate(zip(prompts, extra, strict=True))
+        _request(prompt, schedule, mrope_positions=grid)
+        for prompt, grid in zip(prompts, grids, strict=True)
     ]
+    return [found.logits for found in _run(running, requests)]
+
+
+def score_mtp(
+    running: Cell, prompts: Sequence[np.ndarray], schedule: Schedule = SCHEDULES[0]
+) -> list[torch.Tensor | None]:
+    """float32 [L−1, V] of each sequence: the draft's logits; None for a single token."""
+    requests = [_request(prompt, schedule, mtp=True) for prompt in prompts]
+    return [found.mtp_logits for found in _run(running, requests)]
+
+
+_request_ids = itertools.count()
+
+
+def _request(prompt: np.ndarray, schedule: Schedule, **more: Any) -> Request:
+    return Request(
+        f"score-{next(_request_ids)}",
+        prompt,
+        chunk=schedule.chunk,
+        decode_tail=schedule.decode_tail,
+        **more,
+    )
+
+
+def _run(running: Cell, requests: Sequence[Request]) -> list[Scored]:
     for request in requests:
         running.engine.submit(request)
-    return [_scored(request).logits for request in requests]
+    return [_scored(request) for request in requests]
 
 
 def _scored(request: Request) -> Scored:

@@ -7,9 +7,6 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from braid_kernels import (
     FullBackend,
     FullGeometry,
@@ -28,6 +25,8 @@ from braid_kernels.native import num_threads, set_num_threads
 from braid_kernels.reference import paged_attention
 from braid_kernels.reference.attention import softmax_rows
 from braid_kernels.testing import FullCase, cumulative, difference, full_case, int32, same_bits, select_inputs
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 # See test_kernels_linear: fp32 rounding over ~1000 positively weighted terms; measured below 6e-7.
 FP32 = 5e-6
@@ -45,9 +44,6 @@ GEOMETRIES: dict[str, FullGeometry] = {
     "mla": Mla(4, 32, 16, 24, 48, 48**-0.5),
     "mla_nope_odd": Mla(3, 17, 0, 24, 33, 17**-0.5),
 }
-
-settings.register_profile("kernels", deadline=None, max_examples=15)
-settings.load_profile("kernels")
 
 
 @pytest.fixture(scope="module")
@@ -87,22 +83,27 @@ def test_mixed_batch_matches_the_reference(
 
 @pytest.mark.parametrize("length", [1, 2, 4, 63, 64, 65])
 @pytest.mark.parametrize("page_size", [1, 7, 64])
-def test_lengths_and_page_sizes(cpp: FullBackend, reference: FullBackend, length: int, page_size: int) -> None:
+def test_lengths_and_page_sizes(
+    cpp: FullBackend, reference: FullBackend, length: int, page_size: int
+) -> None:
     for context in (0, 1, 63, 64, 65):
         case = full_case(Gqa(4, 2, 32, 32, 0.2), [length], [context], page_size=page_size, seed=context)
         assert_close(case.run(cpp), case.run(reference))
 
 
-@pytest.mark.parametrize("geometry", [GEOMETRIES["gqa"], Gqa(4, 2, 24, 24, 0.2, sliding_window=1500)], ids=str)
+@pytest.mark.parametrize(
+    "geometry", [GEOMETRIES["gqa"], Gqa(4, 2, 24, 24, 0.2, sliding_window=1500)], ids=str
+)
 @pytest.mark.parametrize("length", [1, 4])
 def test_long_context_is_split_and_merged(
     cpp: FullBackend, reference: FullBackend, geometry: Gqa, length: int
 ) -> None:
-    """More keys than one unit takes (1024): partial softmaxes merge, also where a row sees no key of a part."""
+    """More keys than one unit takes (1024): partial softmaxes merge, also where a row has none in a part."""
     case = full_case(geometry, [length, 1], [2046, 1024])
     assert_close(case.run(cpp), case.run(reference))
 
 
+@settings(deadline=None, max_examples=15)
 @given(
     st.sampled_from(sorted(GEOMETRIES)),
     st.lists(st.tuples(st.sampled_from([0, 1, 1, 2, 5, 9, 70]), st.integers(0, 90)), min_size=1, max_size=5),
@@ -110,7 +111,12 @@ def test_long_context_is_split_and_merged(
     st.integers(0, 2**31 - 1),
 )
 def test_any_batch_matches_the_reference(
-    cpp: FullBackend, reference: FullBackend, name: str, spans: list[tuple[int, int]], page_size: int, seed: int
+    cpp: FullBackend,
+    reference: FullBackend,
+    name: str,
+    spans: list[tuple[int, int]],
+    page_size: int,
+    seed: int,
 ) -> None:
     lengths, contexts = zip(*spans, strict=True)
     case = full_case(GEOMETRIES[name], lengths, contexts, page_size=page_size, seed=seed, pad=seed % 3)
@@ -190,7 +196,9 @@ def test_reference_lse_is_natural_and_merges() -> None:
     table = case.meta.page_table.tolist()
     out, lse = paged_attention(q, k_cache, v_cache, [0, 1], [19], table, 0.25)
     keys = torch.stack([k_cache[table[0][p // 4], p % 4] for p in range(20)]).double().repeat_interleave(2, 1)
-    values = torch.stack([v_cache[table[0][p // 4], p % 4] for p in range(20)]).double().repeat_interleave(2, 1)
+    values = (
+        torch.stack([v_cache[table[0][p // 4], p % 4] for p in range(20)]).double().repeat_interleave(2, 1)
+    )
     scores = 0.25 * torch.einsum("hd,nhd->hn", q[0].double(), keys)
     torch.testing.assert_close(lse[0], scores.exp().sum(1).log())
     parts = [softmax_rows(scores[:, s], values[s]) for s in (slice(0, 7), slice(7, 7), slice(7, 20))]

@@ -6,9 +6,6 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from braid_kernels import (
     GatedDelta,
     InputError,
@@ -36,6 +33,8 @@ from braid_kernels.testing import (
     select_inputs,
     small_linear_geometries,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 # fp32 against float64: rounding errors of 2^-24 add up like a random walk over the ~100 terms of a dot
 # product and over the tokens; measured at most 6e-7 of the largest value, so 5e-6 leaves room and still
@@ -56,9 +55,6 @@ MIXED = (
     Span(1, 0, (9,)),
     Span(2),
 )
-
-settings.register_profile("kernels", deadline=None, max_examples=15)
-settings.load_profile("kernels")
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +98,9 @@ def test_mixed_batch_matches_the_reference(
 
 @pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 63, 64, 65])
 @pytest.mark.parametrize("name", ["gated_delta", "kimi_delta", "lightning", "mamba2"])
-def test_lengths_around_the_chunk(cpp: LinearBackend, reference: LinearBackend, name: str, length: int) -> None:
+def test_lengths_around_the_chunk(
+    cpp: LinearBackend, reference: LinearBackend, name: str, length: int
+) -> None:
     case = linear_case(GEOMETRIES[name], [Span.final(length, 0, 1)], slots=2, seed=length)
     assert_close(case.run(cpp), case.run(reference))
 
@@ -141,6 +139,7 @@ def batches(draw: st.DrawFn) -> tuple[str, list[Span], int]:
     return name, spans, 3 + sum(lengths)
 
 
+@settings(deadline=None, max_examples=15)
 @given(batches(), st.integers(0, 2**31 - 1))
 def test_any_batch_matches_the_reference(
     cpp: LinearBackend, reference: LinearBackend, batch: tuple[str, list[Span], int], seed: int

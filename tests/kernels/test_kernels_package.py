@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 import braid_kernels
+import pytest
 from braid_kernels import (
     BuildError,
     GatedDelta,
@@ -108,7 +108,9 @@ def test_without_a_compiler_the_reference_stands_in_with_one_warning(
 ) -> None:
     env = {k: v for k, v in os.environ.items() if k != "CXX"}
     env |= {"PYTHONPATH": str(PACKAGE_PARENT), "BRAID_CACHE_DIR": str(tmp_path), **environment}
-    done = subprocess.run([sys.executable, "-c", FALLBACK], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", FALLBACK], env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "served"
     warnings = [line for line in done.stderr.splitlines() if line.startswith("WARNING")]
@@ -118,7 +120,7 @@ def test_without_a_compiler_the_reference_stands_in_with_one_warning(
 
 def test_a_compile_error_carries_the_compilers_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = tmp_path / "broken-c++"
-    compiler.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'error: no such luck' >&2\nexit 1\n")
+    compiler.write_text("#!/bin/sh\n[ $1 = --version ] && exit 0\necho 'error: no such luck' >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("BRAID_CACHE_DIR", str(tmp_path / "cache"))
@@ -131,8 +133,8 @@ def test_a_cached_library_is_not_built_again(tmp_path: Path, monkeypatch: pytest
     compiler = tmp_path / "counting-c++"
     count = tmp_path / "count"
     compiler.write_text(
-        "#!/bin/sh\n[ \"$1\" = --version ] && exit 0\n"
-        f"echo x >> {count}\nwhile [ \"$1\" != -o ]; do shift; done\necho library > \"$2\"\n"
+        '#!/bin/sh\n[ "$1" = --version ] && exit 0\n'
+        f'echo x >> {count}\nwhile [ "$1" != -o ]; do shift; done\necho library > "$2"\n'
     )
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
@@ -146,11 +148,13 @@ def test_a_forked_child_can_compute(tmp_path: Path) -> None:
     """The parent's worker threads do not exist in the child; the pool must notice."""
     code = """
 import os, torch
+torch.set_num_threads(1)  # torch's own pool does not survive a fork
 from braid_kernels import linear_backend
 from braid_kernels.native import set_num_threads
 from braid_kernels.testing import Span, linear_case, small_linear_geometries, same_bits
 set_num_threads(2)
-case = linear_case(small_linear_geometries()["gated_delta"], [Span.final(300, -1, i) for i in range(4)], slots=4)
+spans = [Span.final(300, -1, i) for i in range(4)]
+case = linear_case(small_linear_geometries()["gated_delta"], spans, slots=4)
 expected = case.run(linear_backend("cpp")).out
 pid = os.fork()
 if pid == 0:
@@ -159,3 +163,33 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
     env = {**os.environ, "PYTHONPATH": str(PACKAGE_PARENT)}
     subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=60)
+
+
+NARROW = """
+import braid_kernels.build as build
+build.NATIVE = "-msse2"
+from braid_kernels import Gqa, full_backend, linear_backend
+from braid_kernels.native.library import library
+from braid_kernels.testing import Span, difference, full_case, linear_case, small_linear_geometries
+assert library().braid_vector_lanes() == 4
+spans = [Span.final(37, 0, 1), Span(3, 0, (2, 3, 4)), Span(1, -1, (5,)), Span(0)]
+for geometry in small_linear_geometries().values():
+    case = linear_case(geometry, spans, slots=6)
+    actual, expected = (case.run(linear_backend(name)) for name in ("cpp", "reference"))
+    assert difference(actual.out, expected.out) < 5e-6
+    assert difference(actual.state_pool, expected.state_pool) < 5e-6
+for geometry in (Gqa(6, 2, 33, 47, 0.17), Gqa(4, 1, 64, 64, 0.125, sliding_window=20)):
+    case = full_case(geometry, [1, 65, 3], [1100, 17, 40])
+    actual, expected = (case.run(full_backend(name)) for name in ("cpp", "reference"))
+    assert difference(actual.out, expected.out) < 5e-6
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="builds for another x86 than this one")
+def test_the_same_source_serves_narrow_vectors(tmp_path: Path) -> None:
+    """Four lanes and no fused multiply-add: the path of machines unlike the one the tests run on."""
+    env = {**os.environ, "PYTHONPATH": str(PACKAGE_PARENT), "BRAID_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", NARROW], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn import functional as F
-
 from braid_kernels.reference import (
     bounded_log_decay,
     causal_conv,
@@ -15,6 +13,7 @@ from braid_kernels.reference import (
     sigmoid_beta,
     softplus_log_decay,
 )
+from torch.nn import functional as F
 
 # transformers computes in fp32; the reference in float64.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
@@ -58,10 +57,7 @@ def test_kimi_delta_is_transformers_recurrent_rule() -> None:
         l2norm(q), l2norm(k), v, log_alpha, beta, True, d**-0.5, None,
         [0, tokens], [0], [-1] * (tokens - 1) + [1], pool,
     )  # fmt: skip
-    names = [n for n in dir(modeling) if n.startswith("torch_recurrent")] or [
-        n for n in dir(modeling) if "recurrent" in n
-    ]
-    expected, expected_state = getattr(modeling, names[0])(
+    expected, expected_state = modeling.recurrent_kimi_delta_attention(
         q[None], k[None], v[None], log_alpha[None], beta[None],
         initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True,
     )  # fmt: skip
@@ -103,7 +99,7 @@ def test_mamba2_is_transformers_state_update() -> None:
     state = torch.zeros(1, heads, p, n)
     A = -A_log.exp()[:, None, None].expand(heads, p, n)
     for t in range(tokens):
-        expected = modeling.selective_state_update(
+        expected = modeling.mamba2_selective_state_update(
             state, x[t][None], dt[t][None, :, None].expand(1, heads, p), A, B[t][None], C[t][None],
             D[:, None].expand(heads, p), z=None, dt_bias=dt_bias[:, None].expand(heads, p), dt_softplus=True,
         )  # fmt: skip

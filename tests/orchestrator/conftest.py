@@ -6,24 +6,17 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import braid_full_attn.core
-import braid_linear_attn.core
 import pytest
 import torch
 from braid_orchestrator.cell import Cell, CellOptions
-from braid_orchestrator.link import EmbeddedLink, Link
+from braid_orchestrator.link import Link
 from braid_orchestrator.store import Limits
-from braid_wire.attention_host import AttentionHost
 from braid_wire.layers import Kind
-from braid_wire.metrics import ProcessMetrics
+from cells import LIMITS, CellMaker, embedded_links
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3NextConfig, Qwen3NextForCausalLM
-
-LIMITS = Limits(max_tokens=64, max_sequences=6, max_context=256, page_size=8)
-
-CellMaker = Callable[..., Cell]
 
 
 @pytest.fixture(scope="session")
@@ -57,13 +50,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reference(checkpoint: Path) -> PreTrainedModel:
     """The same model in transformers alone."""
     return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-
-
-def embedded_links(backend: str = "auto") -> Mapping[Kind, Link]:
-    """Both services in this process."""
-    full = AttentionHost(braid_full_attn.core.load(backend, 1), ProcessMetrics("full", "test"))
-    linear = AttentionHost(braid_linear_attn.core.load(backend, 1), ProcessMetrics("linear", "test"))
-    return {Kind.FULL: EmbeddedLink(Kind.FULL, full), Kind.LINEAR: EmbeddedLink(Kind.LINEAR, linear)}
 
 
 @pytest.fixture

@@ -27,8 +27,7 @@ from braid_wire.errors import (
 )
 from braid_wire.layers import GatedDelta, Gqa, Kind, LayerPlan, LayerSpec, Mode, Role, digest
 from braid_wire.metrics import ProcessMetrics
-
-from conftest import CellMaker, embedded_links  # type: ignore[import-not-found]
+from cells import CellMaker, embedded_links
 
 FULL_ID = 3
 

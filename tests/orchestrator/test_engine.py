@@ -21,11 +21,10 @@ from braid_wire.errors import (
     RequestInvalid,
 )
 from braid_wire.layers import Role
+from cells import LIMITS, CellMaker
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
-
-from conftest import LIMITS, CellMaker  # type: ignore[import-not-found]
 
 VOCAB = 199
 
@@ -93,7 +92,7 @@ def test_scores_equal_transformers(
     for work in works:
         with torch.no_grad():
             expected = reference(torch.tensor(work.prompt)[None], use_cache=False).logits[0]
-        assert torch.isfinite(found := scores(work)).all()
+        found = scores(work)
         torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
     assert in_use(cell) == (0, 0)
 

@@ -6,6 +6,7 @@ import queue
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 import torch
@@ -19,11 +20,8 @@ from braid_wire.batch import Batch
 from braid_wire.errors import from_rpc_error, from_status
 from braid_wire.layers import Kind, Role
 from braid_wire.views import ArenaMap
+from cells import CellMaker
 from transformers import PreTrainedModel
-
-from conftest import CellMaker  # type: ignore[import-not-found]
-
-import grpc
 
 
 class EngineClient:
@@ -51,7 +49,7 @@ class EngineClient:
         self, spans: Mapping[int, int], role: common_pb2.Role = common_pb2.ROLE_TARGET
     ) -> pb.EngineOpened:
         parts = [pb.EngineSpan(sequence_id=name, num_tokens=count) for name, count in spans.items()]
-        opened = self.ask(begin=pb.EngineStep(role=role, spans=parts)).opened
+        opened = self.ask(begin=pb.EngineStep(role=common_pb2.ROLE_TARGET, spans=parts)).opened
         for arena in opened.arenas:
             self._arenas.map(arena)
         self.tickets = {(t.ticket.layer_id, t.side): t.ticket for t in opened.tickets}
@@ -161,7 +159,7 @@ def test_sequences_are_freed_by_release_and_by_the_end_of_the_stream(cell: Cell,
 def test_what_is_wrong_is_refused_and_the_stream_goes_on(
     engine: EngineClient, reason: str, message: dict[str, object]
 ) -> None:
-    with pytest.raises(Exception) as caught:  # noqa: PT011 - the reason is what counts
+    with pytest.raises(Exception) as caught:
         engine.ask(**message)
     assert caught.value.reason == reason  # type: ignore[attr-defined]
     assert engine.begin({1: 3}).step > 0

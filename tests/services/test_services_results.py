@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import queue
 import urllib.request
@@ -10,8 +11,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 from braid.v1 import attention_pb2 as pb
+from braid_full_attn.core import load as load_full
+from braid_linear_attn.core import load as load_linear
 from braid_wire import convert
+from braid_wire.attention_host import AttentionHost
 from braid_wire.layers import Kind, LayerPlan, Mode, Role
+from braid_wire.metrics import ProcessMetrics
+from braid_wire.views import ArenaMap
 from service_harness import PLANS, Cell, MakeCell, Sent, Work
 
 KINDS = (Kind.FULL, Kind.LINEAR)
@@ -223,6 +229,36 @@ def test_a_plan_without_layers_of_a_kind_passes_through(make_cell: MakeCell) -> 
     sent = cell.batch((cell.sequence(1), 4))
     (opened,) = walk(cell, Kind.LINEAR, [(sent, [])])
     assert opened.opened.summary.qo_indptr_last == 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_embedded_is_bitwise_equal(cell: Cell, kind: Kind) -> None:
+    """The same host in the orchestrator's process, on the orchestrator's own mappings."""
+    load = {Kind.FULL: load_full, Kind.LINEAR: load_linear}[kind]
+    host = AttentionHost(
+        load("auto", threads=1), ProcessMetrics(kind.value, "test"), ArenaMap(cell.arenas.values())
+    )
+    sequence = cell.sequence(0)
+    for length in (6, 1):
+        sent = cell.batch((sequence, length))
+        cell.plan(kind, sent)
+        works = cell.all_work(kind, sent)
+        for work in works:
+            cell.attend(kind, sent, work)
+        by_service = [work.output.clone() for work in works]
+        for work in works:
+            work.output.fill_(math.nan)
+        host.configure(cell.configure_request(kind))
+        sent.message.epoch = host.describe().epoch
+        with contextlib.closing(host.open_walk()) as embedded:
+            (opened,) = embedded.handle(cell.open_request(sent, works))
+            assert opened.HasField("opened")
+            for index, output in enumerate(by_service):
+                run = pb.RunTicket(step=sent.message.step, index=index)
+                (response,) = embedded.handle(pb.WalkRequest(run=run))
+                assert response.HasField("done")
+                assert torch.equal(works[index].output, output)
+        sent.commit()
 
 
 def test_describe(cell: Cell) -> None:

@@ -30,7 +30,7 @@ views = st.builds(
 )
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(views)
 @example(common_pb2.TensorView(arena_id=5, dtype=1, shape=[0], strides=[U64]))
 @example(common_pb2.TensorView(arena_id=5, dtype=1, shape=[1], strides=[U64]))
@@ -61,7 +61,7 @@ tensors = st.tuples(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(tensors)
 def test_a_tensor_survives_the_round_trip(made: tuple[torch.dtype, list[int], int, bool]) -> None:
     dtype, shape, start, transpose = made
@@ -69,17 +69,10 @@ def test_a_tensor_survives_the_round_trip(made: tuple[torch.dtype, list[int], in
     tensor = whole[start : start + torch.Size(shape).numel()].view(shape)
     if transpose:
         tensor = tensor.transpose(0, -1)
-    back = ARENAS.resolve(
-        common_pb2.TensorView.FromString(view_of(tensor, ARENA).SerializeToString()), "field"
-    )
+    message = view_of(tensor, ARENA).SerializeToString()
+    back = ARENAS.resolve(common_pb2.TensorView.FromString(message), "field")
     assert (back.data_ptr(), back.dtype, back.shape) == (tensor.data_ptr(), tensor.dtype, tensor.shape)
-    assert (
-        torch.equal(
-            back.view(torch.uint8) if not transpose else back,
-            tensor.view(torch.uint8) if not transpose else tensor,
-        )
-        or dtype.is_floating_point
-    )
+    assert torch.equal(back, tensor)
 
 
 def test_a_tensor_elsewhere_has_no_view() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,6 +46,15 @@ class ReadyLayer:
 
 
 @dataclass(frozen=True)
+class ReadyTicket:
+    """A layer with the tensors of one step, checked."""
+
+    layer: ReadyLayer
+    inputs: Mapping[str, torch.Tensor]
+    output: torch.Tensor
+
+
+@dataclass(frozen=True)
 class RoleLayers:
     """One role's plan, and the layers of it that this service runs, in plan order."""
 
@@ -76,6 +85,9 @@ class Configuration:
     arenas: ArenaMap
     activation_dtype: torch.dtype
     roles: Mapping[Role, RoleLayers]
+    tickets: dict[tuple[Role, int, bytes], ReadyTicket] = field(default_factory=dict)
+    """Tickets seen before, by role, token count and message: decode steps send the same ones over and
+    over, and what a view names is fixed while the configuration is."""
 
     def accepted(self) -> list[attention_pb2.AcceptedLayers]:
         """What Configure answers: of each role the layers that run here, and their digest."""

@@ -19,7 +19,7 @@ import torch
 from braid.v1 import attention_pb2, common_pb2
 
 from braid_wire import attention_config, convert
-from braid_wire.attention_config import Configuration, ReadyLayer, RoleLayers
+from braid_wire.attention_config import Configuration, ReadyTicket, RoleLayers
 from braid_wire.attention_core import AttentionCore, LayerRunner, PlannedBatch
 from braid_wire.batch import PAGE_FIELDS, SHARED_DTYPES, STATE_FIELDS, check, mode_label
 from braid_wire.errors import (
@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 _KERNEL_LOCK = threading.Lock()
 
 _LANES = 2
+_MAX_TICKETS = 8192
 
 _Work = Callable[[], attention_pb2.WalkResponse]
 
@@ -66,15 +67,6 @@ class _Step:
     num_tokens: int
     mode: str
     batch: PlannedBatch
-
-
-@dataclass(frozen=True)
-class _Ticket:
-    """A layer with its tensors, checked and ready to run."""
-
-    layer: ReadyLayer
-    inputs: Mapping[str, torch.Tensor]
-    output: torch.Tensor
 
 
 class AttentionHost:
@@ -299,7 +291,7 @@ class AttentionHost:
 
     # Layers.
 
-    def _run(self, step: _Step, ticket: _Ticket, received: int) -> common_pb2.Timing:
+    def _run(self, step: _Step, ticket: ReadyTicket, received: int) -> common_pb2.Timing:
         """Run one layer; `received` is CLOCK_MONOTONIC, nanoseconds."""
         layer = ticket.layer
         with _KERNEL_LOCK:
@@ -341,7 +333,7 @@ class AttentionHost:
 class _OpenStep:
     """A step of a walk: its tickets, and which one is next."""
 
-    def __init__(self, step: _Step, tickets: tuple[_Ticket, ...]) -> None:
+    def __init__(self, step: _Step, tickets: tuple[ReadyTicket, ...]) -> None:
         self.step = step
         self.tickets = tickets
         self.next = 0
@@ -478,7 +470,7 @@ def _snapshot(batch: attention_pb2.Batch, layers: RoleLayers, arenas: ArenaMap) 
     return arrays
 
 
-def _resolve_tickets(step: _Step, tickets: Sequence[attention_pb2.Ticket]) -> tuple[_Ticket, ...]:
+def _resolve_tickets(step: _Step, tickets: Sequence[attention_pb2.Ticket]) -> tuple[ReadyTicket, ...]:
     """The tickets of a walked step: each layer of the role once, in plan order."""
     for ticket in tickets:
         step.layers.layer(ticket.layer_id)
@@ -491,8 +483,21 @@ def _resolve_tickets(step: _Step, tickets: Sequence[attention_pb2.Ticket]) -> tu
     return tuple(_resolve_ticket(step, ticket) for ticket in tickets)
 
 
-def _resolve_ticket(step: _Step, ticket: attention_pb2.Ticket) -> _Ticket:
-    """A layer's tensors, checked against its geometry."""
+def _resolve_ticket(step: _Step, ticket: attention_pb2.Ticket) -> ReadyTicket:
+    """A layer's tensors, checked against its geometry, once for each distinct ticket."""
+    seen = step.configuration.tickets
+    key = step.role, step.num_tokens, ticket.SerializeToString(deterministic=True)
+    found = seen.get(key)
+    if found is None:
+        found = _check_ticket(step, ticket)
+        if len(seen) >= _MAX_TICKETS:
+            seen.clear()
+        seen[key] = found
+    return found
+
+
+def _check_ticket(step: _Step, ticket: attention_pb2.Ticket) -> ReadyTicket:
+    """A layer's tensors, checked against its geometry and against each other."""
     layer = step.layers.layer(ticket.layer_id)
     configuration, geometry = step.configuration, layer.geometry
     inputs = expect_rows(
@@ -513,4 +518,4 @@ def _resolve_ticket(step: _Step, ticket: attention_pb2.Ticket) -> _Ticket:
     for name, view in ticket.inputs.items():
         if overlaps(view, ticket.output):
             raise ViewInvalid(f"output overlaps input {name}", field="output")
-    return _Ticket(layer, inputs, output)
+    return ReadyTicket(layer, inputs, output)

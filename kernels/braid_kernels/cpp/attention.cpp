@@ -127,18 +127,25 @@ BRAID_INLINE void dots(const float* q, int dkp, const T* const* keys, int dk, fl
     int i = 0;
     for (; i + VL <= dk; i += VL) {
         vf k[NK];
+        BRAID_UNROLL
         for (int j = 0; j < NK; j++) k[j] = load_as(keys[j] + i);
+        BRAID_UNROLL
         for (int r = 0; r < NQ; r++) {
             const vf x = load(q + r * dkp + i);
+            BRAID_UNROLL
             for (int j = 0; j < NK; j++) acc[r][j] = fmadd(x, k[j], acc[r][j]);
         }
     }
     if (i < dk)
+        BRAID_UNROLL
         for (int j = 0; j < NK; j++) {
             const vf k = load_part(keys[j] + i, dk - i);
+            BRAID_UNROLL
             for (int r = 0; r < NQ; r++) acc[r][j] = fmadd(load(q + r * dkp + i), k, acc[r][j]);
         }
+    BRAID_UNROLL
     for (int r = 0; r < NQ; r++)
+        BRAID_UNROLL
         for (int j = 0; j < NK; j++) scores[r * KEYS + j] = hsum(acc[r][j]);
 }
 
@@ -154,11 +161,13 @@ template <class T> void add_values(float* acc, int rows, int dvp, const T* const
         const int m = n - j < 8 ? n - j : 8;
         for (int i = 0; i < dv; i += VL) {
             vf v[8];
+            BRAID_UNROLL
             for (int x = 0; x < 8; x++)
                 v[x] = x >= m ? vf{} : i + VL <= dv ? load_as(values[j + x] + i) : load_part(values[j + x] + i, dv - i);
             for (int r = 0; r < rows; r++) {
                 const float* weight = p + r * KEYS + j;  // zero beyond n
                 vf sum = load(acc + r * dvp + i);
+                BRAID_UNROLL
                 for (int x = 0; x < 8; x++) sum = fmadd(splat(weight[x]), v[x], sum);
                 store(acc + r * dvp + i, sum);
             }
@@ -232,17 +241,24 @@ template <class T> void few_rows(const Call& c, const Unit& u) {
 template <int M, int NV, class BT>
 BRAID_INLINE void multiply_block(const float* A, int am, int ak, const BT* B, int64_t ldb, float* C, int ldc, int depth, bool add) {
     vf acc[M][NV];
+    BRAID_UNROLL
     for (int m = 0; m < M; m++)
+        BRAID_UNROLL
         for (int n = 0; n < NV; n++) acc[m][n] = add ? load(C + m * ldc + n * VL) : vf{};
     for (int k = 0; k < depth; k++) {
         vf b[NV];
+        BRAID_UNROLL
         for (int n = 0; n < NV; n++) b[n] = load_as(B + k * ldb + n * VL);
+        BRAID_UNROLL
         for (int m = 0; m < M; m++) {
             const vf a = splat(A[m * am + k * ak]);
+            BRAID_UNROLL
             for (int n = 0; n < NV; n++) acc[m][n] = fmadd(a, b[n], acc[m][n]);
         }
     }
+    BRAID_UNROLL
     for (int m = 0; m < M; m++)
+        BRAID_UNROLL
         for (int n = 0; n < NV; n++) store(C + m * ldc + n * VL, acc[m][n]);
 }
 template <int NV, class BT>
@@ -281,6 +297,7 @@ Tile lay_out(const Call& c, int rows) {
     size_t total = 0;
     for (size_t n : parts) total += (n + 15) / 16 * 16;
     float* at = scratch(total);
+    BRAID_UNROLL
     for (int i = 0; i < 8; i++) {
         *fields[i] = at;
         at += (parts[i] + 15) / 16 * 16;

@@ -33,6 +33,13 @@ typedef uint16_t vh __attribute__((vector_size(VL * 2)));
 
 #define BRAID_INLINE static inline __attribute__((always_inline))
 
+// For loops over the vectors of a register tile: unrolled always, or the tile would live in memory.
+#if defined(__clang__)
+#define BRAID_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define BRAID_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 BRAID_INLINE vf splat(float x) { return x - vf{}; }
 BRAID_INLINE vf load(const float* p) { vf r; std::memcpy(&r, p, sizeof r); return r; }
 BRAID_INLINE void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }

@@ -346,12 +346,14 @@ void delta_single(const ST* src, int64_t src_stride, ST* dst, int64_t dst_stride
     const vf a0 = splat(x.alpha[0]);
     for (int i = 0; i < dk; i++) {
         const vf a = CHANNEL ? splat(x.alpha[i]) : a0, k = splat(x.k[i]), q = splat(x.q[i]);
+        BRAID_UNROLL
         for (int n = 0; n < NV; n++) {
             vf s = a * load_lanes<PART>(src + i * src_stride + n * VL, lanes);
             kS[n] = fmadd(k, s, kS[n]);
             qS[n] = fmadd(q, s, qS[n]);
         }
     }
+    BRAID_UNROLL
     for (int n = 0; n < NV; n++) {
         u[n] = x.beta * (load(x.v + n * VL) - kS[n]);
         store(x.o + n * VL, x.scale * fmadd(splat(x.qk), u[n], qS[n]));
@@ -359,6 +361,7 @@ void delta_single(const ST* src, int64_t src_stride, ST* dst, int64_t dst_stride
     if (!dst) return;
     for (int i = 0; i < dk; i++) {
         const vf a = CHANNEL ? splat(x.alpha[i]) : a0, k = splat(x.k[i]);
+        BRAID_UNROLL
         for (int n = 0; n < NV; n++) {
             vf s = a * load_lanes<PART>(src + i * src_stride + n * VL, lanes);
             store_lanes<PART>(dst + i * dst_stride + n * VL, fmadd(k, u[n], s), lanes);
@@ -370,15 +373,18 @@ template <class ST, int NV, bool PART>
 void plain_single(const ST* src, int64_t src_stride, ST* dst, int64_t dst_stride, int dk, int lanes, const Token& x) {
     vf acc[NV] = {}, u[NV];
     const vf a = splat(x.alpha[0]);
+    BRAID_UNROLL
     for (int n = 0; n < NV; n++) u[n] = x.beta * load(x.v + n * VL);
     for (int i = 0; i < dk; i++) {
         const vf k = splat(x.k[i]), q = splat(x.q[i]);
+        BRAID_UNROLL
         for (int n = 0; n < NV; n++) {
             vf s = fmadd(k, u[n], a * load_lanes<PART>(src + i * src_stride + n * VL, lanes));
             acc[n] = fmadd(q, s, acc[n]);
             if (dst) store_lanes<PART>(dst + i * dst_stride + n * VL, s, lanes);
         }
     }
+    BRAID_UNROLL
     for (int n = 0; n < NV; n++) store(x.o + n * VL, fmadd(splat(x.skip), load(x.v + n * VL), x.scale * acc[n]));
 }
 
@@ -452,6 +458,7 @@ BRAID_INLINE void delta_token(float* S, int dk, const float* pending_k, vf* u, c
     for (int i = 0; i < dk; i++) {
         const vf a = CHANNEL ? splat(x.alpha[i]) : a0, k = splat(x.k[i]), q = splat(x.q[i]);
         float* row = S + i * NV * VL;
+        BRAID_UNROLL
         for (int n = 0; n < NV; n++) {
             vf s = load(row + n * VL);
             if (!FIRST) s = fmadd(splat(pending_k[i]), u[n], s);
@@ -461,6 +468,7 @@ BRAID_INLINE void delta_token(float* S, int dk, const float* pending_k, vf* u, c
             qS[n] = fmadd(q, s, qS[n]);
         }
     }
+    BRAID_UNROLL
     for (int n = 0; n < NV; n++) {
         u[n] = x.beta * (load(x.v + n * VL) - kS[n]);
         store(x.o + n * VL, x.scale * fmadd(splat(x.qk), u[n], qS[n]));
@@ -470,16 +478,19 @@ BRAID_INLINE void delta_token(float* S, int dk, const float* pending_k, vf* u, c
 template <int NV> BRAID_INLINE void plain_token(float* S, int dk, const Token& x) {
     vf acc[NV] = {}, u[NV];
     const vf a = splat(x.alpha[0]);
+    BRAID_UNROLL
     for (int n = 0; n < NV; n++) u[n] = x.beta * load(x.v + n * VL);
     for (int i = 0; i < dk; i++) {
         const vf k = splat(x.k[i]), q = splat(x.q[i]);
         float* row = S + i * NV * VL;
+        BRAID_UNROLL
         for (int n = 0; n < NV; n++) {
             vf s = fmadd(k, u[n], a * load(row + n * VL));
             store(row + n * VL, s);
             acc[n] = fmadd(q, s, acc[n]);
         }
     }
+    BRAID_UNROLL
     for (int n = 0; n < NV; n++) store(x.o + n * VL, fmadd(splat(x.skip), load(x.v + n * VL), x.scale * acc[n]));
 }
 
@@ -516,12 +527,14 @@ template <int NV, bool CHANNEL> void delta_tile(const Task& k, int h, int row, i
         pending_k = x.k;
         const int slot = k.c.state_out[row + t];
         if (slot >= 0) {
+            BRAID_UNROLL
             for (int i = 0; i < NV; i++) store(k.r.u + i * VL, u[i]);
             emit_state(d, slot, k.head + h, column, width, S, x.k, k.r.u);
         }
     }
     if (row + n == k.end) return;
     for (int i = 0; i < d.dk; i++)
+        BRAID_UNROLL
         for (int v = 0; v < NV; v++)
             store(S + i * width + v * VL, fmadd(splat(pending_k[i]), u[v], load(S + i * width + v * VL)));
 }

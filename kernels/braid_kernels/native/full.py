@@ -20,10 +20,10 @@ from braid_kernels.backend import (
     summarise_plan,
 )
 from braid_kernels.checks import check_inputs, check_rows
-from braid_kernels.errors import InputError, LayerError
+from braid_kernels.errors import LayerError
 from braid_kernels.geometry import Gqa, Mla, signature
 from braid_kernels.metadata import PagedMeta
-from braid_kernels.native.library import DTYPE_CODES, check_descriptor, failure, library
+from braid_kernels.native.library import DTYPE_CODES, check_descriptor, dtype_code, failure, library
 
 MAX_LANES = 16
 
@@ -106,7 +106,7 @@ class CppFullKernel(FullKernel):
         args: list[int | None] = []
         for name in self._names:
             tensor = inputs[name]
-            args += (tensor.data_ptr(), tensor.stride(0), _code(name, tensor))
+            args += (tensor.data_ptr(), tensor.stride(0), dtype_code(name, tensor))
         if len(self._names) == 3:
             args += (None, 0, 0)
         table = meta.page_table
@@ -121,20 +121,13 @@ class CppFullKernel(FullKernel):
             rows,
             out.data_ptr(),
             out.stride(0),
-            _code("out", out),
+            dtype_code("out", out),
         )
         if status:
             raise failure(
                 status,
                 {"cu_seqlens": meta.cu_seqlens, "context_lens": meta.context_lens, "page_table": table},
             )
-
-
-def _code(name: str, tensor: Tensor) -> int:
-    code = DTYPE_CODES.get(tensor.dtype)
-    if code is None or not tensor.is_cpu:
-        raise InputError(name, f"{tensor.dtype} on {tensor.device}", "must be float32 or bfloat16 on the CPU")
-    return code
 
 
 class CppFullBackend(FullBackend):

@@ -10,7 +10,7 @@ import sys
 import torch
 
 from braid_kernels.build import build
-from braid_kernels.errors import BuildError, KernelError, MetadataError
+from braid_kernels.errors import BuildError, FieldError, InputError, KernelError, MetadataError
 
 _VOID, _I32, _I64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 _INPUT = (_VOID, _I64, _I32)
@@ -38,7 +38,16 @@ def library() -> ctypes.CDLL:
     lib.braid_linear.argtypes = [_VOID, *_INPUT * 3, _VOID, _I64, _VOID, _VOID, _I64, *_INPUT]
     lib.braid_full.restype = _I64
     lib.braid_full.argtypes = [_VOID, *_INPUT * 4, _VOID, _VOID, _VOID, _I64, _I64, _I64, *_INPUT]
-    for name in ("braid_linear_desc_size", "braid_full_desc_size"):
+    metadata = (_VOID, _I64, _VOID, _VOID, _I64)  # cu_seqlens, batch, state_in, state_out, tokens
+    lib.braid_mamba1.restype = lib.braid_short_conv.restype = _I64
+    lib.braid_mamba1.argtypes = [_VOID, *_INPUT, *metadata, *_INPUT]
+    lib.braid_short_conv.argtypes = [_VOID, _I64, *_INPUT, *metadata, *_INPUT]
+    for name in (
+        "braid_linear_desc_size",
+        "braid_full_desc_size",
+        "braid_mamba1_desc_size",
+        "braid_conv_desc_size",
+    ):
         getattr(lib, name).restype = _I64
     lib.braid_set_threads.argtypes = [_I32]
     lib.braid_set_spin_us.argtypes = [_I32]
@@ -49,7 +58,7 @@ def library() -> ctypes.CDLL:
 def set_num_threads(count: int) -> None:
     """Threads that one kernel call may use, the calling one included; process-wide."""
     if count < 1:
-        raise MetadataError("num_threads", count, "must be >= 1")
+        raise FieldError("num_threads", count, "must be >= 1")
     library().braid_set_threads(count)
 
 
@@ -60,7 +69,7 @@ def num_threads() -> int:
 def set_spin_us(microseconds: int) -> None:
     """How long an idle worker watches for more work before it sleeps. Process-wide; default 50."""
     if microseconds < 0:
-        raise MetadataError("spin_us", microseconds, "must be >= 0")
+        raise FieldError("spin_us", microseconds, "must be >= 0")
     library().braid_set_spin_us(microseconds)
 
 
@@ -68,6 +77,14 @@ def check_descriptor(size: int, expected: int, name: str) -> None:
     """Raise BuildError where a ctypes mirror and its C struct differ."""
     if size != expected:
         raise BuildError(f"{name} is {size} bytes here and {expected} in the library")
+
+
+def dtype_code(name: str, tensor: torch.Tensor) -> int:
+    """The library's code for the dtype of a call's tensor. Raises InputError for what it cannot read."""
+    code = DTYPE_CODES.get(tensor.dtype)
+    if code is None or not tensor.is_cpu:
+        raise InputError(name, f"{tensor.dtype} on {tensor.device}", "must be float32 or bfloat16 on the CPU")
+    return code
 
 
 def failure(status: int, values: dict[str, torch.Tensor]) -> KernelError:

@@ -17,10 +17,11 @@ from braid_kernels.backend import (
     Ragged,
 )
 from braid_kernels.checks import check_inputs, check_rows
-from braid_kernels.errors import InputError, LayerError
-from braid_kernels.geometry import GatedDelta, KimiDelta, Lightning, Mamba2, signature
+from braid_kernels.errors import LayerError
+from braid_kernels.geometry import GatedDelta, KimiDelta, Lightning, Mamba1, Mamba2, ShortConv, signature
 from braid_kernels.metadata import LinearMeta
-from braid_kernels.native.library import DTYPE_CODES, check_descriptor, failure, library
+from braid_kernels.native.library import DTYPE_CODES, check_descriptor, dtype_code, failure, library
+from braid_kernels.native.mamba1 import CppMamba1Kernel, CppShortConvKernel
 
 # enum Decay and enum Beta in cpp/linear.cpp
 CONSTANT, SOFTPLUS_HEAD, SOFTPLUS_CHANNEL, BOUNDED_CHANNEL, TIME_STEP = range(5)
@@ -115,7 +116,7 @@ class CppLinearKernel(LinearKernel):
         return d
 
     def _pools(self, d: LinearDesc, layer: LinearLayer) -> None:
-        pool, conv = layer.state_pool, layer.conv_pool
+        pool, conv = layer.state, layer.conv_pool
         _on_cpu("state_pool", pool)
         d.num_slots, d.state_stride = pool.shape[0], pool.stride(0)
         d.state, d.state_dtype = pool.data_ptr(), DTYPE_CODES[pool.dtype]
@@ -145,7 +146,7 @@ class CppLinearKernel(LinearKernel):
         args: list[int | None] = []
         for name in self._names:
             tensor = inputs[name]
-            args += (tensor.data_ptr(), tensor.stride(0), _code(name, tensor))
+            args += (tensor.data_ptr(), tensor.stride(0), dtype_code(name, tensor))
         if len(self._names) == 2:
             args += (None, 0, 0)
         status = self._run(
@@ -158,7 +159,7 @@ class CppLinearKernel(LinearKernel):
             rows,
             out.data_ptr(),
             out.stride(0),
-            _code("out", out),
+            dtype_code("out", out),
         )
         if status:
             raise failure(
@@ -172,15 +173,8 @@ def _on_cpu(name: str, tensor: Tensor) -> None:
         raise LayerError(name, tensor.device, "must be on the CPU")
 
 
-def _code(name: str, tensor: Tensor) -> int:
-    code = DTYPE_CODES.get(tensor.dtype)
-    if code is None or not tensor.is_cpu:
-        raise InputError(name, f"{tensor.dtype} on {tensor.device}", "must be float32 or bfloat16 on the CPU")
-    return code
-
-
 class CppLinearBackend(LinearBackend):
-    """All four linear mechanisms, fp32 and bf16. Raises BuildError where the library cannot be built."""
+    """All linear mechanisms, fp32 and bf16. Raises BuildError where the library cannot be built."""
 
     name = "cpp"
     capabilities = Capabilities(
@@ -188,7 +182,7 @@ class CppLinearBackend(LinearBackend):
         chunked_prefix=True,
         ragged=Ragged.FORCED_OFF,
         graphs=False,
-        mechanisms=frozenset({"gated_delta", "kimi_delta", "lightning", "mamba2"}),
+        mechanisms=frozenset({"gated_delta", "kimi_delta", "lightning", "mamba2", "mamba1", "short_conv"}),
         dtypes=frozenset(DTYPE_CODES),
     )
 
@@ -196,4 +190,10 @@ class CppLinearBackend(LinearBackend):
         library()
 
     def layer(self, layer: LinearLayer) -> LinearKernel:
-        return CppLinearKernel(layer)
+        match layer.geometry:
+            case Mamba1() as g:
+                return CppMamba1Kernel(layer, g)
+            case ShortConv():
+                return CppShortConvKernel(layer)
+            case _:
+                return CppLinearKernel(layer)

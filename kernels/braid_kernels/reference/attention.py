@@ -23,8 +23,8 @@ def append_kv(
 def _gather(cache: Tensor, pages: list[int], begin: int, end: int) -> Tensor:
     """Positions begin..end-1 of one sequence, float64 [end - begin, ...]."""
     page_size = cache.shape[1]
-    rows = [cache[pages[p // page_size], p % page_size] for p in range(begin, end)]
-    return torch.stack(rows).double() if rows else cache.new_zeros(0, *cache.shape[2:]).double()
+    positions = range(begin, end)
+    return cache[[pages[p // page_size] for p in positions], [p % page_size for p in positions]].double()
 
 
 def paged_attention(
@@ -50,13 +50,22 @@ def paged_attention(
     out = torch.zeros(tokens, q_heads, v_cache.shape[3], dtype=torch.float64)
     lse = torch.full((tokens, q_heads), float("-inf"), dtype=torch.float64)
     for b, context in enumerate(context_lens):
-        for i, t in enumerate(range(cu_seqlens[b], cu_seqlens[b + 1])):
-            position = context + i
-            first = max(0, position - sliding_window + 1) if sliding_window else 0
-            k = _gather(k_cache, page_table[b], first, position + 1).repeat_interleave(group, dim=1)
-            v = _gather(v_cache, page_table[b], first, position + 1).repeat_interleave(group, dim=1)
-            out[t], lse[t] = softmax_rows(scale * torch.einsum("hd,nhd->hn", q[t].double(), k), v)
+        begin, end = cu_seqlens[b], cu_seqlens[b + 1]
+        if begin == end:
+            continue
+        base = first_key(context, sliding_window)  # of the span's first row: later rows see no older key
+        k = _gather(k_cache, page_table[b], base, context + end - begin).repeat_interleave(group, dim=1)
+        v = _gather(v_cache, page_table[b], base, context + end - begin).repeat_interleave(group, dim=1)
+        for t in range(begin, end):
+            position = context + t - begin
+            seen = slice(first_key(position, sliding_window) - base, position + 1 - base)
+            out[t], lse[t] = softmax_rows(scale * torch.einsum("hd,nhd->hn", q[t].double(), k[seen]), v[seen])
     return out, lse
+
+
+def first_key(position: int, sliding_window: int) -> int:
+    """The oldest key that a row at `position` sees (sliding_window 0: no window)."""
+    return max(0, position - sliding_window + 1) if sliding_window else 0
 
 
 def softmax_rows(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,9 +81,7 @@ def softmax_rows(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.einsum("hn,nhd->hd", weights, v.double()), lse
 
 
-def mla_rows(
-    q_nope: Tensor, q_pe: Tensor, w_uk: Tensor, c_kv: Tensor, k_pe: Tensor
-) -> tuple[Tensor, Tensor]:
+def mla_rows(q_nope: Tensor, q_pe: Tensor, w_uk: Tensor, c_kv: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
     """MLA in its absorbed form: queries [T, H, r + dr] and cache rows [T, r + dr], float64.
 
     q_nope·(W_uk^T c) = (q_nope W_uk)·c, so one latent row serves as key of every head (and, its first r

@@ -26,7 +26,17 @@ from braid_kernels.backend import (
 )
 from braid_kernels.checks import check_inputs, check_rows
 from braid_kernels.errors import MetadataError
-from braid_kernels.geometry import GatedDelta, Gqa, KimiDelta, Lightning, Mamba2, Mla, signature
+from braid_kernels.geometry import (
+    GatedDelta,
+    Gqa,
+    KimiDelta,
+    Lightning,
+    Mamba1,
+    Mamba2,
+    Mla,
+    ShortConv,
+    signature,
+)
 from braid_kernels.metadata import NO_SLOT, LinearMeta, PagedMeta
 from braid_kernels.reference.attention import append_kv, mla_rows, paged_attention
 from braid_kernels.reference.conv import causal_conv, silu
@@ -35,8 +45,10 @@ from braid_kernels.reference.gates import (
     l2norm,
     mamba2_dt,
     sigmoid_beta,
+    softplus,
     softplus_log_decay,
 )
+from braid_kernels.reference.mamba1 import rms_norm, selective_scan
 from braid_kernels.reference.recurrence import recurrence
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float64})
@@ -77,7 +89,7 @@ def check_pages(meta: PagedMeta, cu: list[int], page_size: int, num_pages: int, 
             continue
         first = max(0, context - window + 1) if window else 0
         if context < 0 or end > len(table[b]) * page_size:
-            raise MetadataError(f"context_lens[{b}]", context, f"must be >= 0 and leave room for {end - context} tokens")
+            raise MetadataError(f"context_lens[{b}]", context, f"must be >= 0, room for {end - context} more")
         for i in range(first // page_size, (end - 1) // page_size + 1):
             if not 0 <= table[b][i] < num_pages:
                 raise MetadataError(f"page_table[{b}][{i}]", table[b][i], f"must be a page below {num_pages}")
@@ -95,7 +107,7 @@ class ReferenceLinearKernel(LinearKernel):
         check_rows("out", out, meta.num_tokens, self._signature.output)
         cu, slots_in, slots_out = (x.tolist() for x in (meta.cu_seqlens, meta.state_in, meta.state_out))
         check_spans(cu, meta.num_tokens)
-        check_slots(slots_in, slots_out, self._layer.state_pool.shape[0])
+        check_slots(slots_in, slots_out, self._layer.num_slots)
         spans = (cu, slots_in, slots_out)
         match self._layer.geometry:
             case GatedDelta() as g:
@@ -106,20 +118,22 @@ class ReferenceLinearKernel(LinearKernel):
                 result = self._lightning(g, inputs, spans)
             case Mamba2() as g:
                 result = self._mamba2(g, inputs, spans)
+            case Mamba1() as g:
+                result = self._mamba1(g, inputs, spans)
+            case ShortConv():
+                result = self._conv(inputs["x"], spans)
         out.copy_(result)
 
     def _conv(self, x: Tensor, spans: tuple[list[int], list[int], list[int]]) -> Tensor:
-        """Causal convolution + SiLU; float64 [T, C]."""
-        params, pool = self._layer.params, self._layer.conv_pool
-        if pool is None:  # LinearLayer has checked this already; the type checker has not
-            raise MetadataError("conv_pool", None, "is missing")
-        return silu(causal_conv(x, params["conv_weight"], params.get("conv_bias"), *spans, pool))
+        """Causal convolution; float64 [T, C]."""
+        params = self._layer.params
+        return causal_conv(x, params["conv_weight"], params.get("conv_bias"), *spans, self._layer.conv)
 
     def _gated_delta(
         self, g: GatedDelta, x: Mapping[str, Tensor], spans: tuple[list[int], list[int], list[int]]
     ) -> Tensor:
         p, rows, key_dim = self._layer.params, x["a"].shape[0], g.num_k_heads * g.k_head_dim
-        mixed = self._conv(x["mixed_qkv"], spans)
+        mixed = silu(self._conv(x["mixed_qkv"], spans))
         q, k, v = mixed.split([key_dim, key_dim, g.num_v_heads * g.v_head_dim], dim=-1)
         return recurrence(
             l2norm(q.view(rows, g.num_k_heads, g.k_head_dim)),
@@ -131,14 +145,14 @@ class ReferenceLinearKernel(LinearKernel):
             g.scale,
             None,
             *spans,
-            self._layer.state_pool,
+            self._layer.state,
         )
 
     def _kimi_delta(
         self, g: KimiDelta, x: Mapping[str, Tensor], spans: tuple[list[int], list[int], list[int]]
     ) -> Tensor:
         p, rows = self._layer.params, x["b"].shape[0]
-        q, k, v = self._conv(x["mixed_qkv"], spans).view(rows, 3, g.num_heads, g.head_dim).unbind(1)
+        q, k, v = silu(self._conv(x["mixed_qkv"], spans)).view(rows, 3, g.num_heads, g.head_dim).unbind(1)
         gate = x["a"].view(rows, g.num_heads, g.head_dim)
         A_log, dt_bias = p["A_log"][:, None], p["dt_bias"].view(g.num_heads, g.head_dim)
         if g.gate_lower_bound:
@@ -147,7 +161,7 @@ class ReferenceLinearKernel(LinearKernel):
             log_alpha = softplus_log_decay(gate, A_log, dt_bias)
         beta = sigmoid_beta(x["b"])
         return recurrence(
-            l2norm(q), l2norm(k), v, log_alpha, beta, True, g.scale, None, *spans, self._layer.state_pool
+            l2norm(q), l2norm(k), v, log_alpha, beta, True, g.scale, None, *spans, self._layer.state
         )
 
     def _lightning(
@@ -158,13 +172,13 @@ class ReferenceLinearKernel(LinearKernel):
             q, k, v = silu(q), silu(k), silu(v)
         log_alpha = self._layer.params["log_decay"].double().expand(q.shape[0], -1)
         beta = torch.ones(log_alpha.shape, dtype=torch.float64)
-        return recurrence(q, k, v, log_alpha, beta, False, g.scale, None, *spans, self._layer.state_pool)
+        return recurrence(q, k, v, log_alpha, beta, False, g.scale, None, *spans, self._layer.state)
 
     def _mamba2(
         self, g: Mamba2, inputs: Mapping[str, Tensor], spans: tuple[list[int], list[int], list[int]]
     ) -> Tensor:
         p, rows, group_dim = self._layer.params, inputs["dt"].shape[0], g.num_groups * g.state_dim
-        mixed = self._conv(inputs["xBC"], spans)
+        mixed = silu(self._conv(inputs["xBC"], spans))
         x, B, C = mixed.split([g.num_heads * g.head_dim, group_dim, group_dim], dim=-1)
         dt = mamba2_dt(inputs["dt"], p["dt_bias"], g.dt_min, g.dt_max)  # [T, H]
         return recurrence(
@@ -177,8 +191,21 @@ class ReferenceLinearKernel(LinearKernel):
             1.0,
             p["D"],
             *spans,
-            self._layer.state_pool,
+            self._layer.state,
         )
+
+    def _mamba1(
+        self, g: Mamba1, inputs: Mapping[str, Tensor], spans: tuple[list[int], list[int], list[int]]
+    ) -> Tensor:
+        p = self._layer.params
+        u = silu(self._conv(inputs["x"], spans))
+        low, B, C = (u @ p["x_proj"].double().T).split([g.dt_rank, g.state_dim, g.state_dim], dim=-1)
+        low, B, C = (
+            rms_norm(x, p.get(name), g.norm_eps)
+            for x, name in ((low, "dt_norm"), (B, "B_norm"), (C, "C_norm"))
+        )
+        dt = softplus(low @ p["dt_proj"].double().T + p["dt_bias"].double())  # [T, I]
+        return selective_scan(u, dt, p["A_log"], B, C, p["D"], *spans, self._layer.state)
 
 
 class ReferenceFullKernel(FullKernel):
@@ -227,7 +254,7 @@ class ReferenceFullKernel(FullKernel):
 
 
 class ReferenceLinearBackend(LinearBackend):
-    """All four linear mechanisms in float64."""
+    """All linear mechanisms in float64."""
 
     name = "reference"
     capabilities = Capabilities(
@@ -235,7 +262,7 @@ class ReferenceLinearBackend(LinearBackend):
         chunked_prefix=True,
         ragged=Ragged.SUPPORTED,
         graphs=False,
-        mechanisms=frozenset({"gated_delta", "kimi_delta", "lightning", "mamba2"}),
+        mechanisms=frozenset({"gated_delta", "kimi_delta", "lightning", "mamba2", "mamba1", "short_conv"}),
         dtypes=DTYPES,
     )
 

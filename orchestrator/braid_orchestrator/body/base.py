@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from braid_wire.batch import Batch, IntArray
-from braid_wire.errors import StepOrder
+from braid_wire.errors import ConfigInvalid, StepOrder
 from braid_wire.layers import Kind, LayerPlan, Role
 from torch import nn
 
@@ -24,7 +25,7 @@ class Attend(Protocol):
 
 
 class DispatchPoint:
-    """What the adapters of a model call; it leads to the step that is under way."""
+    """What the adapters of one role call; it leads to the step that is under way."""
 
     def __init__(self) -> None:
         self._attend: Attend | None = None
@@ -52,55 +53,141 @@ class DispatchPoint:
 Backbone = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(input ids int64 [1, T], positions int64 [1, T] or [3, 1, T]) → hidden states [1, T, hidden]."""
 
+DraftBackbone = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(input ids int64 [1, T], hidden states [1, T, hidden], positions) → hidden states [1, T, hidden]."""
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+"""Final-normed hidden states [n, hidden] → logits [n, V]."""
+
+RoleParams = Mapping[int, Mapping[str, torch.Tensor]]
+"""Layer id → parameter name → tensor, for the layers that have any."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a walk through the layers of a role gave."""
+
+    hidden: torch.Tensor
+    """[T, hidden]: every token's hidden state after the final norm."""
+    logits: torch.Tensor
+    """float32 [n, V]: of the tokens that were asked for."""
+
+
+@dataclass(frozen=True)
+class RoleBody:
+    """One role's layers taken apart: the target's, or the draft's."""
+
+    model: nn.Module
+    """Kept whole, so that its buffers and configuration stay reachable."""
+    plan: LayerPlan
+    params: RoleParams
+    point: DispatchPoint
+    head: Head
+
+
+@dataclass(frozen=True)
+class Target(RoleBody):
+    """The model itself."""
+
+    backbone: Backbone
+    mrope: bool = False
+    """Whether it takes a time, a height and a width position for every token."""
+
+
+@dataclass(frozen=True)
+class Draft(RoleBody):
+    """Its multi-token-prediction layers, run on the target's hidden states."""
+
+    backbone: DraftBackbone
+
 
 class Body:
-    """A model whose attention runs elsewhere.
+    """A model whose attention runs elsewhere, and its draft where the checkpoint has one."""
 
-    Args:
-        model: the transformers model, its attention modules replaced by adapters; kept whole so
-            that its buffers and configuration stay reachable.
-        backbone: runs the model up to and including its final norm.
-        head: hidden states [n, hidden] → logits [n, V].
-        plan: of the target role.
-        params: static parameters of its layers.
-        point: what the adapters call.
-    """
+    def __init__(self, target: Target, draft: Draft | None = None) -> None:
+        self._target = target
+        self._draft = draft
 
-    def __init__(
-        self,
-        model: nn.Module,
-        backbone: Backbone,
-        head: Callable[[torch.Tensor], torch.Tensor],
-        plan: LayerPlan,
-        params: Mapping[int, Mapping[str, torch.Tensor]],
-        point: DispatchPoint,
-    ) -> None:
-        self.model = model
-        self.plan = plan
-        self.params: LayerParams = {(Role.TARGET, layer_id): group for layer_id, group in params.items()}
-        self._backbone = backbone
-        self._head = head
-        self._point = point
+    @property
+    def model(self) -> nn.Module:
+        """The target's transformers model, its attention modules replaced by adapters."""
+        return self._target.model
+
+    @property
+    def plans(self) -> dict[Role, LayerPlan]:
+        """The layers of each role that this body runs."""
+        return {role.plan.role: role.plan for role in self._roles}
+
+    @property
+    def params(self) -> LayerParams:
+        """Static parameters of the layers of all roles."""
+        return {
+            (role.plan.role, layer_id): group
+            for role in self._roles
+            for layer_id, group in role.params.items()
+        }
+
+    @property
+    def mrope(self) -> bool:
+        """Whether batches may carry mrope positions."""
+        return self._target.mrope
+
+    @property
+    def has_draft(self) -> bool:
+        """Whether `draft` can be called."""
+        return self._draft is not None
+
+    def __call__(self, batch: Batch, attend: Attend, rows: IntArray) -> torch.Tensor:
+        """As `target`, for its logits alone."""
+        return self.target(batch, attend, rows).logits
 
     @torch.inference_mode()
-    def __call__(self, batch: Batch, attend: Attend, rows: IntArray) -> torch.Tensor:
-        """Walk the layers.
+    def target(self, batch: Batch, attend: Attend, rows: IntArray) -> Output:
+        """Walk the target's layers.
 
         Args:
-            batch: T packed tokens.
+            batch: T packed tokens of the target role.
             attend: runs one layer of this step.
             rows: int [n], the tokens whose logits are wanted.
-
-        Returns:
-            float32 [n, V]: logits of those tokens.
 
         Raises:
             BraidError: a layer was refused or its service was lost.
         """
+        role = self._target
+        with role.point.leads_to(attend):
+            hidden = role.backbone(torch.from_numpy(batch.input_ids)[None], _positions(batch))[0]
+        return _output(role.head, hidden, rows)
+
+    @torch.inference_mode()
+    def draft(self, batch: Batch, hidden: torch.Tensor, attend: Attend, rows: IntArray) -> Output:
+        """Walk the draft's layers.
+
+        Args:
+            batch: T packed tokens of the draft role: row t holds the token that follows row t's
+                hidden state, and the position of that state.
+            hidden: [T, hidden], the target's (or, drafting on, the draft's own) output hidden states.
+            attend: runs one layer of this step.
+            rows: int [n], the rows whose logits are wanted: those of the token after the row's.
+
+        Raises:
+            ConfigInvalid: the model has no draft.
+            BraidError: a layer was refused or its service was lost.
+        """
+        role = self._draft
+        if role is None:
+            raise ConfigInvalid("the model has no draft layers", field="role")
         ids = torch.from_numpy(batch.input_ids)[None]
-        with self._point.leads_to(attend):
-            hidden = self._backbone(ids, _positions(batch))
-        return self._head(hidden[0, torch.from_numpy(rows)]).float()
+        with role.point.leads_to(attend):
+            found = role.backbone(ids, hidden[None], _positions(batch))[0]
+        return _output(role.head, found, rows)
+
+    @property
+    def _roles(self) -> tuple[RoleBody, ...]:
+        return (self._target,) if self._draft is None else (self._target, self._draft)
+
+
+def _output(head: Head, hidden: torch.Tensor, rows: IntArray) -> Output:
+    return Output(hidden, head(hidden[torch.from_numpy(rows)]).float())
 
 
 def _positions(batch: Batch) -> torch.Tensor:

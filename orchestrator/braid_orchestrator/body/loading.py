@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from braid_wire.errors import ConfigInvalid
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from braid_wire.layers import LayerPlan
 
-from braid_orchestrator.body.base import Body, DispatchPoint
-from braid_orchestrator.body.family import Family, LoadRequest, Parts, family
+from braid_orchestrator.body.base import Body, DispatchPoint, Draft, Head, RoleParams, Target
+from braid_orchestrator.body.checkpoint import load_pretrained, refuse_unrunnable
+from braid_orchestrator.body.family import Adapt, Family, LoadRequest, Parts, family
+
+__all__ = ["load_body", "load_pretrained", "take_out", "usual_parts"]
+
+log = logging.getLogger(__name__)
 
 # A name that transformers builds no mask for: the services know the spans, so a body needs none.
 _NO_MASK = "braid"
@@ -22,32 +29,17 @@ def load_body(request: LoadRequest) -> Body:
         ConfigInvalid: the family has no body here, or the checkpoint cannot be loaded.
     """
     found = family(request.plans.family, request.plans.model_type)
+    refuse_unrunnable(request.directory)
     return take_out(found.load(request), request, found)
 
 
-def load_pretrained(request: LoadRequest) -> PreTrainedModel:
-    """The causal language model of a checkpoint, as transformers knows it.
+def usual_parts(model: Any, head: Head | None = None, mrope: bool = False) -> Parts:
+    """The pieces of a model that is laid out as most are: `.model.layers`, `.model`, `.lm_head`.
 
-    Raises:
-        ConfigInvalid: it cannot be loaded.
+    Args:
+        head: instead of `.lm_head`, where the model scales or caps its logits.
+        mrope: whether it takes positions [3, 1, T].
     """
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            request.directory,
-            dtype=request.dtype,
-            attn_implementation="eager",
-            local_files_only=True,
-            trust_remote_code=request.trust_remote_code,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ConfigInvalid(
-            f"{request.directory} cannot be loaded: {error}", field="model", value=request.directory
-        ) from error
-    return model.eval().requires_grad_(False)
-
-
-def usual_parts(model: Any) -> Parts:
-    """The pieces of a model that is laid out as most are: `.model.layers`, `.model`, `.lm_head`."""
 
     def backbone(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         hidden: torch.Tensor = model.model(
@@ -55,23 +47,66 @@ def usual_parts(model: Any) -> Parts:
         ).last_hidden_state
         return hidden
 
-    return Parts(dict(enumerate(model.model.layers)), backbone, model.lm_head)
+    return Parts(dict(enumerate(model.model.layers)), backbone, head or model.lm_head, mrope)
 
 
-def take_out(model: PreTrainedModel, request: LoadRequest, found: Family) -> Body:
-    """Replace every attention module of this instance by an adapter.
+def take_out(model: Any, request: LoadRequest, found: Family) -> Body:
+    """Replace every attention module of this instance, and of its draft, by an adapter.
 
     Raises:
         ConfigInvalid: the model's layers are not the plan's.
     """
-    plan, parts = request.plans.target, found.parts(model)
-    if parts.layers.keys() != {spec.layer_id for spec in plan}:
-        raise ConfigInvalid(
-            f"the model has layers {sorted(parts.layers)}, its plan {[spec.layer_id for spec in plan]}",
-            field="num_hidden_layers",
-            value=len(parts.layers),
+    # The draft first: it may share modules of the target that are replaced below.
+    draft = _take_out_draft(model, request, found)
+    parts, point, plan = found.parts(model), DispatchPoint(), request.plans.target
+    params = _adapt(parts.layers, plan, found.adapt, point)
+    _without_masks(model)
+    target = Target(
+        model=model,
+        plan=plan,
+        params=params,
+        point=point,
+        head=parts.head,
+        backbone=parts.backbone,
+        mrope=parts.mrope,
+    )
+    return Body(target, draft)
+
+
+def _take_out_draft(model: Any, request: LoadRequest, found: Family) -> Draft | None:
+    """The draft that the config declares, if its weights are there and its layers are known."""
+    plan = request.plans.draft
+    if plan is None:
+        return None
+    parts = found.draft(request, model, plan) if found.draft is not None else None
+    if parts is None:
+        log.warning(
+            "%s declares %d MTP layer(s) without weights for them that a body knows: no draft",
+            request.directory,
+            len(plan),
         )
+        return None
     point = DispatchPoint()
-    params = {spec.layer_id: found.adapt(parts.layers[spec.layer_id], spec, point) for spec in plan}
+    params = _adapt(parts.layers, plan, found.adapt, point)
+    _without_masks(parts.model)
+    return Draft(
+        model=parts.model, plan=plan, params=params, point=point, head=parts.head, backbone=parts.backbone
+    )
+
+
+def _adapt(layers: Mapping[int, Any], plan: LayerPlan, adapt: Adapt, point: DispatchPoint) -> RoleParams:
+    """Replace the attention of each layer; the static parameters of those that have any."""
+    if layers.keys() != {spec.layer_id for spec in plan}:
+        raise ConfigInvalid(
+            f"the model has {plan.role.value} layers {sorted(layers)}, "
+            f"its plan {[spec.layer_id for spec in plan]}",
+            field="num_hidden_layers",
+            value=len(layers),
+        )
+    params = {spec.layer_id: adapt(layers[spec.layer_id], spec, point) for spec in plan}
+    return {layer_id: group for layer_id, group in params.items() if group}
+
+
+def _without_masks(model: Any) -> None:
+    """Let this instance build no masks."""
     model.config._attn_implementation = _NO_MASK
-    return Body(model, parts.backbone, parts.head, plan, {k: v for k, v in params.items() if v}, point)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import click
 from braid_wire.errors import RequestInvalid
 
-from braid_orchestrator.settings import DISPATCHES, DTYPES, STATE_DTYPES, Settings, parse_bytes
+from braid_orchestrator.settings import DISPATCHES, DTYPES, PLACEMENTS, STATE_DTYPES, Settings, parse_bytes
 
 Command = Callable[..., Any]
 PEM = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -31,73 +32,73 @@ class Bytes(click.ParamType):
             self.fail(error.message, param, ctx)
 
 
-def setting_options(command: Command) -> Command:
-    """The options of `Settings` but its model; the command gets `settings`, still without one."""
-    names = ("dtype", "state_dtype", "dispatch", "threads", "trust_remote_code", *_LIMITS)
+def setting_options(without: tuple[str, ...] = ()) -> Callable[[Command], Command]:
+    """The options of `Settings` but its model, which the command sets; it gets `settings`.
 
-    def call(**values: Any) -> Any:
-        given = {name: values.pop(name) for name in names}
-        return command(settings=Settings(Path(), **given), **values)
+    Args:
+        without: names of settings that the command has no option for.
+    """
+    options = {name: option for name, option in _options().items() if name not in without}
 
-    call.__doc__, call.__name__ = command.__doc__, command.__name__
-    wrapped: Command = call
-    for option in reversed(_options()):
-        wrapped = option(wrapped)
-    # click collects the options of one function on it; those of the wrapped one come first.
-    call.__click_params__ = [  # type: ignore[attr-defined]
-        *call.__dict__.get("__click_params__", []),
-        *command.__dict__.get("__click_params__", []),
-    ]
-    return wrapped
+    def decorate(command: Command) -> Command:
+        @wraps(command)
+        def call(**values: Any) -> Any:
+            given = {name: values.pop(name) for name in options}
+            return command(settings=Settings(Path(), **given), **values)
+
+        wrapped: Command = call
+        for option in reversed(options.values()):
+            wrapped = option(wrapped)
+        return wrapped
+
+    return decorate
 
 
-_LIMITS = ("max_tokens", "max_sequences", "max_context", "page_size", "pool_bytes")
-
-
-def _options() -> list[Callable[[Command], Command]]:
-    return [
-        click.option(
+def _options() -> dict[str, Callable[[Command], Command]]:
+    """Setting → its option, in the order of the help text."""
+    return {
+        "dtype": click.option(
             "--dtype",
             type=click.Choice(DTYPES),
             default=_DEFAULTS.dtype,
             show_default=True,
             help="Of weights, activations and pages; auto: the checkpoint's own.",
         ),
-        click.option(
+        "state_dtype": click.option(
             "--state-dtype",
             type=click.Choice(STATE_DTYPES),
             default=_DEFAULTS.state_dtype,
             show_default=True,
             help="Of recurrent states.",
         ),
-        click.option(
+        "dispatch": click.option(
             "--dispatch",
             type=click.Choice(DISPATCHES),
             default=_DEFAULTS.dispatch,
             show_default=True,
             help="How a layer reaches its service: messages on one stream, or a call for each.",
         ),
-        click.option(
+        "threads": click.option(
             "--threads",
             type=click.IntRange(min=0),
             default=_DEFAULTS.threads,
             help="Threads of each process; 0 (the default): $OMP_NUM_THREADS, else one for each core.",
         ),
-        _limit("--max-tokens", _DEFAULTS.max_tokens, "Most tokens of one step."),
-        _limit("--max-sequences", _DEFAULTS.max_sequences, "Most sequences of one step."),
-        _limit("--max-context", _DEFAULTS.max_context, "Most tokens of one sequence."),
-        _limit("--page-size", _DEFAULTS.page_size, "Positions in a page."),
-        click.option(
+        "max_tokens": _limit("--max-tokens", _DEFAULTS.max_tokens, "Most tokens of one step."),
+        "max_sequences": _limit("--max-sequences", _DEFAULTS.max_sequences, "Most sequences of one step."),
+        "max_context": _limit("--max-context", _DEFAULTS.max_context, "Most tokens of one sequence."),
+        "page_size": _limit("--page-size", _DEFAULTS.page_size, "Positions in a page."),
+        "pool_bytes": click.option(
             "--pool-bytes",
             type=Bytes(),
             default="1GiB",
             show_default=True,
             help="Memory of all pages and states; it is taken as it is used.",
         ),
-        click.option(
+        "trust_remote_code": click.option(
             "--trust-remote-code", is_flag=True, help="Run code that lies in the model's directory."
         ),
-    ]
+    }
 
 
 def _limit(name: str, default: int, text: str) -> Callable[[Command], Command]:
@@ -111,4 +112,15 @@ def connect_options(command: Command) -> Command:
         "--connect",
         metavar="ADDRESS",
         help="A running cell: unix:PATH or HOST:PORT.",
+    )(command)
+
+
+def placement_option(command: Command) -> Command:
+    """`--placement` of a cell that the command starts."""
+    return click.option(
+        "--placement",
+        type=click.Choice(PLACEMENTS),
+        default=PLACEMENTS[0],
+        show_default=True,
+        help="Of a cell that is started here: three processes, or everything in this one.",
     )(command)

@@ -1,22 +1,28 @@
-"""Adapters of qwen3_next and qwen3_5: Gated DeltaNet layers and gated grouped-query attention."""
+"""qwen3_next and qwen3_5: Gated DeltaNet layers, gated grouped-query attention, and their MTP head."""
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
-from braid_wire.errors import ConfigInvalid
-from braid_wire.layers import GatedDelta, Gqa, Kind, LayerSpec
+from braid_wire.layers import GatedDelta, Gqa, Kind, LayerPlan, LayerSpec
 from torch import nn
-from transformers.models.qwen3_5.modeling_qwen3_5 import apply_rotary_pos_emb
 
 from braid_orchestrator.body.base import DispatchPoint
-from braid_orchestrator.body.family import Adapt, Family, Params
+from braid_orchestrator.body.checkpoint import load_state, read_weights, require_exact, weight_files
+from braid_orchestrator.body.families.gated_delta import GatedDeltaNet, delta_params
+from braid_orchestrator.body.families.gqa import Rotate
+from braid_orchestrator.body.families.submodules import geometry, must_agree, submodule
+from braid_orchestrator.body.family import Adapt, DraftParts, Family, LoadRequest, Params, Parts
 from braid_orchestrator.body.loading import load_pretrained, usual_parts
 
-Projection = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
-"""[T, hidden] → mixed_qkv [T, C], z [T, Hv·dv], b [T, Hv], a [T, Hv]."""
+_MTP = re.compile(r"^(?:model\.|language_model\.)*mtp\.(.+)$")
+_FUSION = ("fc.weight", "pre_fc_norm_embedding.weight", "pre_fc_norm_hidden.weight")
+_LAYER_TYPES = {Kind.FULL: "full_attention", Kind.LINEAR: "linear_attention"}
 
 
 class GatedAttention(nn.Module):
@@ -25,14 +31,14 @@ class GatedAttention(nn.Module):
     The query projection gives [query | gate] per head.
     """
 
-    def __init__(self, original: Any, spec: LayerSpec, point: DispatchPoint) -> None:
+    def __init__(self, original: Any, rotate: Rotate, spec: LayerSpec, point: DispatchPoint) -> None:
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj = original.q_proj, original.k_proj, original.v_proj
         self.o_proj, self.q_norm, self.k_norm = original.o_proj, original.q_norm, original.k_norm
+        self._rotate = rotate
         self._layer_id, self._point = spec.layer_id, point
-        if not isinstance(spec.full, Gqa):
-            raise ConfigInvalid(f"layer {spec.layer_id} is {spec.mechanism}, its module is gated gqa")
-        self._geometry = spec.full
+        self._geometry = geometry(spec, Kind.FULL, Gqa)
+        must_agree(spec, "the softmax scale", original.scaling, self._geometry.scale)
 
     def forward(
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **_: Any
@@ -42,49 +48,11 @@ class GatedAttention(nn.Module):
         query, gate = self.q_proj(hidden_states).view(1, rows, g.num_q_heads, 2 * g.head_dim).chunk(2, dim=-1)
         key = self.k_proj(hidden_states).view(1, rows, g.num_kv_heads, g.head_dim)
         value = self.v_proj(hidden_states).view(rows, g.num_kv_heads, g.v_head_dim)
-        cos, sin = position_embeddings
-        query, key = apply_rotary_pos_emb(self.q_norm(query), self.k_norm(key), cos, sin, unsqueeze_dim=2)
+        query, key = self._rotate(
+            self.q_norm(query), self.k_norm(key), *position_embeddings, unsqueeze_dim=2
+        )
         out = self._point.attend(self._layer_id, {"q": query[0], "k": key[0], "v": value})
         return self.o_proj((out * torch.sigmoid(gate[0])).reshape(1, rows, -1)), None
-
-
-class GatedDeltaNet(nn.Module):
-    """The module's projections; then the service (conv, gates, recurrence); then norm and output."""
-
-    def __init__(self, original: Any, spec: LayerSpec, point: DispatchPoint, project: Projection) -> None:
-        super().__init__()
-        self.norm, self.out_proj = original.norm, original.out_proj
-        self._project = project
-        self._layer_id, self._point = spec.layer_id, point
-        if not isinstance(spec.linear, GatedDelta):
-            raise ConfigInvalid(f"layer {spec.layer_id} is {spec.mechanism}, its module is gated_delta")
-        self._geometry = spec.linear
-
-    def forward(self, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
-        """[1, T, hidden] → [1, T, hidden]."""
-        g, rows = self._geometry, hidden_states.shape[1]
-        mixed_qkv, z, b, a = self._project(hidden_states[0])
-        out = self._point.attend(self._layer_id, {"mixed_qkv": mixed_qkv, "a": a, "b": b})
-        normed = self.norm(out.reshape(-1, g.v_head_dim), z.reshape(-1, g.v_head_dim))
-        return self.out_proj(normed.view(1, rows, -1))
-
-
-def delta_params(original: Any) -> dict[str, torch.Tensor]:
-    """The static parameters that a Gated DeltaNet layer's service needs."""
-    if original.activation != "silu":
-        raise ConfigInvalid(
-            f"hidden_act is {original.activation!r}; the conv of gated_delta layers runs with 'silu'",
-            field="hidden_act",
-            value=original.activation,
-        )
-    params = {
-        "conv_weight": original.conv1d.weight.detach().squeeze(1),
-        "A_log": original.A_log.detach(),
-        "dt_bias": original.dt_bias.detach(),
-    }
-    if original.conv1d.bias is not None:
-        params["conv_bias"] = original.conv1d.bias.detach()
-    return params
 
 
 class FusedProjection(nn.Module):
@@ -116,7 +84,7 @@ class FusedProjection(nn.Module):
 class SplitProjection(nn.Module):
     """qwen3_5: a matrix for each of q|k|v, z, b and a."""
 
-    def __init__(self, original: Any, g: GatedDelta) -> None:
+    def __init__(self, original: Any, _: GatedDelta) -> None:
         super().__init__()
         self.qkv, self.z = original.in_proj_qkv, original.in_proj_z
         self.b, self.a = original.in_proj_b, original.in_proj_a
@@ -137,20 +105,93 @@ def _reordered(linear: nn.Linear, groups: int, parts: list[int]) -> nn.Linear:
     return linear
 
 
-def _adapter(projection: Callable[[Any, GatedDelta], Projection]) -> Adapt:
+def _adapter(
+    model_type: str, prefix: str, projection: Callable[[Any, GatedDelta], nn.Module]
+) -> Adapt:
     def adapt(layer: Any, spec: LayerSpec, point: DispatchPoint) -> Params:
+        modelling = import_module(f"transformers.models.{model_type}.modeling_{model_type}")
         if spec.kind is Kind.FULL:
-            layer.self_attn = GatedAttention(layer.self_attn, spec, point)
+            attention = submodule(layer, "self_attn", getattr(modelling, f"{prefix}Attention"), spec)
+            layer.self_attn = GatedAttention(attention, modelling.apply_rotary_pos_emb, spec, point)
             return {}
-        if not isinstance(spec.linear, GatedDelta):
-            raise ConfigInvalid(f"layer {spec.layer_id} is {spec.mechanism}, its module is gated_delta")
-        original = layer.linear_attn
-        params = delta_params(original)
-        layer.linear_attn = GatedDeltaNet(original, spec, point, projection(original, spec.linear))
-        return params
+        original = submodule(layer, "linear_attn", getattr(modelling, f"{prefix}GatedDeltaNet"), spec)
+        project = projection(original, geometry(spec, Kind.LINEAR, GatedDelta))
+        layer.linear_attn = GatedDeltaNet(project, original.norm, original.out_proj, spec, point)
+        return delta_params(original, spec)
 
     return adapt
 
 
-QWEN3_NEXT = Family(load_pretrained, usual_parts, _adapter(FusedProjection))
-QWEN3_5 = Family(load_pretrained, usual_parts, _adapter(SplitProjection))
+class MtpHead(nn.Module):
+    """fc([norm(embedding of the next token), norm(hidden)]) → layers → norm.
+
+    Args:
+        target: whose embedding is shared.
+        layers: a model of the same class that has the MTP layers and their norm.
+    """
+
+    def __init__(self, target: Any, layers: Any) -> None:
+        super().__init__()
+        norm, width = type(target.model.norm), target.config.hidden_size
+        self.config = layers.config
+        self.embed_tokens, self.inner = target.model.embed_tokens, layers.model
+        self.pre_fc_norm_embedding = norm(width, eps=target.config.rms_norm_eps)
+        self.pre_fc_norm_hidden = norm(width, eps=target.config.rms_norm_eps)
+        self.fc = nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, ids: torch.Tensor, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """int64 [1, T], [1, T, hidden], int64 [1, T] or [3, 1, T] → [1, T, hidden]."""
+        embedded = self.pre_fc_norm_embedding(self.embed_tokens(ids))
+        fused = self.fc(torch.cat([embedded, self.pre_fc_norm_hidden(hidden)], dim=-1))
+        found: torch.Tensor = self.inner(
+            inputs_embeds=fused, position_ids=positions, use_cache=False
+        ).last_hidden_state
+        return found
+
+
+def load_mtp(request: LoadRequest, target: Any, plan: LayerPlan) -> DraftParts | None:
+    """The MTP head; its layers are those of a model of the target's own class.
+
+    Raises:
+        ConfigInvalid: some of its weights are missing or unknown.
+    """
+    files = weight_files(request.directory)
+    names = {key: found.group(1) for key in files if (found := _MTP.match(key)) is not None}
+    if not names:
+        return None
+    weights = {names[key]: tensor for key, tensor in read_weights({key: files[key] for key in names})}
+    require_exact(request.directory, [f"mtp.{name}" for name in _FUSION if name not in weights], [])
+    fusion = {name: weights.pop(name) for name in _FUSION}
+    layers = load_state(
+        request,
+        type(target),
+        _mtp_config(target.config, plan),
+        {f"model.{name}": tensor for name, tensor in weights.items()},
+        # The draft shares both with the target.
+        computed=r"^(model\.embed_tokens|lm_head)\.",
+    )
+    head = MtpHead(target, layers).to(request.dtype).eval().requires_grad_(False)
+    head.load_state_dict(fusion, strict=False)
+    return DraftParts(head, dict(enumerate(layers.model.layers)), head, target.lm_head)
+
+
+def _mtp_config(config: Any, plan: LayerPlan) -> Any:
+    """The target's configuration with the draft's layers, and an embedding of no size to speak of."""
+    found = copy.deepcopy(config)
+    found.num_hidden_layers = len(plan)
+    found.layer_types = [_LAYER_TYPES[spec.kind] for spec in plan]
+    found.vocab_size, found.pad_token_id = 1, None
+    return found
+
+
+def _mrope_parts(model: Any) -> Parts:
+    return usual_parts(model, mrope=True)
+
+
+QWEN3_NEXT = Family(
+    load_pretrained, usual_parts, _adapter("qwen3_next", "Qwen3Next", FusedProjection), load_mtp
+)
+QWEN3_5 = Family(load_pretrained, _mrope_parts, _adapter("qwen3_5", "Qwen3_5", SplitProjection), load_mtp)
+QWEN3_5_MOE = Family(
+    load_pretrained, _mrope_parts, _adapter("qwen3_5_moe", "Qwen3_5Moe", SplitProjection), load_mtp
+)

@@ -1,0 +1,228 @@
+"""`braid generate`."""
+
+from __future__ import annotations
+
+import json
+import queue
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import click
+from braid_wire.errors import RequestInvalid, ServiceFault, ServiceLost
+from rich.console import Console
+
+from braid_orchestrator import console as consoles
+from braid_orchestrator.cli.options import connect_options, placement_option, setting_options
+from braid_orchestrator.cli.session import Session, session
+from braid_orchestrator.client import Chunk, Completion, Generation, Prompt, Sampling
+from braid_orchestrator.scrape import scrape, total
+from braid_orchestrator.settings import Settings
+
+_LOOK_S = 0.2  # between two looks at how far a prompt is
+_SPECIAL_TOKENS = 16  # more than any tokenizer puts around a prompt
+_HEADER_WIDTH = 60
+
+
+def _sampling_options(command: click.decorators.FC) -> click.decorators.FC:
+    for option in (
+        click.option("--seed", type=click.IntRange(min=0), help="Makes sampling repeatable."),
+        click.option(
+            "--min-p", type=float, default=0.0, help="Drop tokens below this fraction of the likeliest."
+        ),
+        click.option("--top-p", type=float, default=1.0, help="Keep the likeliest tokens of this mass."),
+        click.option("--top-k", type=click.IntRange(min=0), default=0, help="Keep the k likeliest tokens."),
+        click.option("--temperature", type=float, default=0.0, help="0 (the default): the likeliest token."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("prompts", metavar="PROMPT...", nargs=-1, required=True)
+@click.option(
+    "-n",
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Most tokens to make for each prompt.",
+)
+@_sampling_options
+@click.option("--ignore-eos", is_flag=True, help="Go on behind the model's own end tokens.")
+@click.option("--ids", is_flag=True, help='Prompts are token ids ("1 2 3"), and so is what is printed.')
+@click.option("--json", "json_out", is_flag=True, help="Print one line of JSON for each prompt.")
+@placement_option
+@connect_options
+@setting_options(without=("max_tokens",))
+def generate(
+    settings: Settings,
+    model: Path,
+    prompts: tuple[str, ...],
+    max_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int | None,
+    ignore_eos: bool,
+    ids: bool,
+    json_out: bool,
+    placement: str,
+    connect: str | None,
+    ca: Path | None,
+) -> None:
+    """Continue prompts; text appears as it is made.
+
+    Starts a cell of its own, or joins a running one with --connect (MODEL is not looked at then).
+    Several prompts run at once and are printed in their order. The prompt `-` is read from stdin.
+    """
+    wanted = [_prompt(text, ids) for text in prompts]
+    if connect is None:
+        # A tokenizer makes at most one token of a byte.
+        longest = [len(p.encode()) + _SPECIAL_TOKENS if isinstance(p, str) else len(p) for p in wanted]
+        settings = replace(settings, model=model).raised_for([length + max_tokens for length in longest])
+    sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+    terminal = consoles.stderr()
+    with session(settings, connect, ca, placement, terminal) as cell:
+        runs = [
+            _Run(prompt, cell.client.generate(prompt, max_tokens, sampling, ignore_eos=ignore_eos))
+            for prompt in wanted
+        ]
+        began = time.monotonic()
+        with _feeding(cell, wanted, terminal) as stop_feeding:
+            for run in runs:
+                run.show(_Look(ids, json_out, headed=len(runs) > 1), stop_feeding)
+        _sum_up([run.completion for run in runs], time.monotonic() - began, terminal)
+
+
+def _prompt(text: str, ids: bool) -> Prompt:
+    """A prompt as it was typed, or read from stdin."""
+    if text == "-":
+        text = sys.stdin.read()
+    if not ids:
+        return text
+    words = [word for word in re.split(r"[\s,]+", text.strip("[] \n")) if word]
+    try:
+        return [int(word) for word in words]
+    except ValueError:
+        raise RequestInvalid(f"{text!r} is no list of token ids", field="prompt") from None
+
+
+@dataclass(frozen=True)
+class _Look:
+    """How completions are printed."""
+
+    ids: bool
+    json: bool
+    headed: bool
+
+
+class _Run:
+    """One generation, read on a thread of its own so that none holds up the others."""
+
+    def __init__(self, prompt: Prompt, generation: Generation) -> None:
+        self._prompt = prompt
+        self._generation = generation
+        self._events: queue.SimpleQueue[Chunk | BaseException | None] = queue.SimpleQueue()
+        threading.Thread(target=self._read, name="generation", daemon=True).start()
+
+    @property
+    def completion(self) -> Completion:
+        return self._generation.completion
+
+    def show(self, look: _Look, before_first: threading.Event) -> None:
+        """Print what comes, as it comes.
+
+        Args:
+            look: how.
+            before_first: set as soon as there is something to print.
+        """
+        headed, ends_line = False, True
+        for chunk in self._chunks():
+            before_first.set()
+            if look.json:
+                continue
+            if look.headed and not headed:
+                print(f"==> {_short(self._prompt)} <==")
+                headed = True
+            text = "".join(f"{token} " for token in chunk.token_ids) if look.ids else chunk.text
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            ends_line = text.endswith("\n") if text else ends_line
+        if look.json:
+            said = {"prompt": self._prompt, **asdict(self.completion)}
+            print(json.dumps(said, ensure_ascii=False), flush=True)
+        elif not ends_line:
+            print(flush=True)
+
+    def _read(self) -> None:
+        try:
+            for chunk in self._generation:
+                self._events.put(chunk)
+        except BaseException as error:
+            self._events.put(error)  # raised again where the chunks are taken
+        else:
+            self._events.put(None)
+
+    def _chunks(self) -> Iterator[Chunk]:
+        while True:
+            event = self._events.get()
+            if event is None:
+                return
+            if isinstance(event, BaseException):
+                raise event
+            yield event
+
+
+def _short(prompt: Prompt) -> str:
+    """A prompt as a heading: its first line, or its first ids."""
+    text = " ".join((prompt if isinstance(prompt, str) else " ".join(map(str, prompt))).split())
+    return text if len(text) <= _HEADER_WIDTH else text[: _HEADER_WIDTH - 1] + "…"
+
+
+@contextmanager
+def _feeding(cell: Session, prompts: list[Prompt], terminal: Console) -> Iterator[threading.Event]:
+    """Say on a terminal how much of the prompts has been fed, until the event is set."""
+    done = threading.Event()
+    if not terminal.is_terminal or cell.info is None:
+        yield done
+        return
+    port = cell.info.metrics["orchestrator"]
+    known = None if any(isinstance(p, str) for p in prompts) else sum(len(p) for p in prompts)
+    watcher = threading.Thread(target=_watch_prompts, args=(port, known, terminal, done), daemon=True)
+    watcher.start()
+    try:
+        yield done
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _watch_prompts(port: int, known: int | None, terminal: Console, done: threading.Event) -> None:
+    """Show a line as soon as feeding takes longer than a moment; the text must not be mixed with it."""
+    if done.wait(2 * _LOOK_S):
+        return
+    with terminal.status("reading the prompt") as status:
+        before: float | None = None
+        while not done.wait(_LOOK_S):
+            try:
+                fed = total(scrape(port), "braid_prompt_tokens_total")
+            except (ServiceLost, ServiceFault):
+                continue  # it comes back, or the generation fails and says why
+            before = fed if before is None else before
+            of = f" of {known:,}" if known is not None else ""
+            status.update(f"reading the prompt: {fed - before:,.0f}{of} tokens")
+
+
+def _sum_up(completions: list[Completion], seconds: float, terminal: Console) -> None:
+    if not terminal.is_terminal:
+        return
+    made = sum(completion.completion_tokens for completion in completions)
+    terminal.print(f"{made:,} tokens in {seconds:.2f} s, {made / seconds:,.1f} tokens/s", style="dim")

@@ -1,0 +1,218 @@
+"""`braid serve`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import click
+from braid_wire.metrics import PORTS
+from braid_wire.process import EXIT_OK, log_level_option, setup_logging
+from braid_wire.rpc import Tls
+
+from braid_orchestrator import console as consoles
+from braid_orchestrator.cli.options import PEM, placement_option, setting_options
+from braid_orchestrator.cli.session import loading
+from braid_orchestrator.launcher import FULL, LINEAR, MODULES, ORCHESTRATOR, Endpoints, Launched, launch
+from braid_orchestrator.plan_view import strip
+from braid_orchestrator.settings import Settings, layer_summary
+from braid_orchestrator.supervisor import echo_to_stderr
+
+log = logging.getLogger(__name__)
+
+EXIT_INTERRUPTED = 130
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.option("--grpc", multiple=True, metavar="HOST:PORT", help="Also serve here; port 0: a free one.")
+@click.option(
+    "--metrics-port",
+    type=click.IntRange(0, 65533),
+    help="First of three neighbouring ports of /metrics (orchestrator, full, linear); 0: free ones.  "
+    f"[default: {PORTS[ORCHESTRATOR]}]",
+)
+@click.option("--metrics-host", default="127.0.0.1", show_default=True, help="Host of /metrics.")
+@click.option("--tls-cert", type=PEM, help="PEM certificate for --grpc; needed beyond loopback.")
+@click.option("--tls-key", type=PEM, help="PEM key of the certificate.")
+@placement_option
+@click.option(
+    "--drain-seconds",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    help="Longest time that accepted requests get to finish after SIGTERM or Ctrl-C.",
+)
+@click.option("--json", "json_out", is_flag=True, help="Print one line of JSON once it serves.")
+@log_level_option()
+@click.option(
+    "--only",
+    type=click.Choice(list(MODULES)),
+    help="Run this one process in the foreground and supervise nothing; for containers.",
+)
+@click.option("--address", help="With --only: where it serves, unix:PATH or HOST:PORT.")
+@click.option("--full", metavar="ADDRESS", help="With --only orchestrator: the full-attention service.")
+@click.option("--linear", metavar="ADDRESS", help="With --only orchestrator: the linear-attention service.")
+@click.option(
+    "--runtime-dir",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="With --only orchestrator: private directory, shared with the services.",
+)
+@setting_options()
+def serve(
+    settings: Settings,
+    model: Path | None,
+    grpc: tuple[str, ...],
+    metrics_port: int | None,
+    metrics_host: str,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    placement: str,
+    drain_seconds: float,
+    json_out: bool,
+    log_level: str,
+    only: str | None,
+    address: str | None,
+    full: str | None,
+    linear: str | None,
+    runtime_dir: Path | None,
+) -> int:
+    """Start a cell and keep it running: orchestrator, full and linear attention.
+
+    MODEL is the directory of a checkpoint. A process that dies is started again at the same address.
+    SIGTERM and Ctrl-C drain the cell and stop it, with exit code 0; a second one stops it at once.
+    """
+    if (tls_cert is None) != (tls_key is None):
+        raise click.UsageError("--tls-cert and --tls-key must be given together")
+    tls = Tls(tls_cert, tls_key) if tls_cert is not None and tls_key is not None else None
+    if model is not None:
+        settings = replace(settings, model=model)
+    explicit = {"--address": address, "--full": full, "--linear": linear, "--runtime-dir": runtime_dir}
+    if only is not None:
+        shared: dict[str, object] = {
+            "--metrics-port": metrics_port,
+            "--metrics-host": metrics_host,
+            "--log-level": log_level,
+        }
+        if only == ORCHESTRATOR:
+            shared["--drain-seconds"] = drain_seconds
+        _become(only, {**explicit, **shared, "--tls-cert": tls_cert, "--tls-key": tls_key}, settings, grpc)
+    given = [name for name, value in explicit.items() if value is not None]
+    if given:
+        raise click.UsageError(f"{', '.join(given)} without --only: a whole cell chooses its own")
+    if model is None:
+        raise click.UsageError("MODEL is missing")
+    first = PORTS[ORCHESTRATOR] if metrics_port is None else metrics_port
+    endpoints = Endpoints(grpc, Endpoints.usual_ports(first), metrics_host, tls)
+    setup_logging("supervisor", log_level)
+    return _run(settings, endpoints, placement, drain_seconds, log_level, json_out)
+
+
+def _become(name: str, options: Mapping[str, object], settings: Settings, grpc: tuple[str, ...]) -> NoReturn:
+    """Turn into one process of a cell: same process id, its own signals and exit code."""
+    given = {option: value for option, value in options.items() if value is not None}
+    wanted = ["--address", "--full", "--linear"] if name == ORCHESTRATOR else ["--address"]
+    missing = [option for option in wanted if option not in given]
+    if missing:
+        raise click.UsageError(f"--only {name} needs {', '.join(missing)}")
+    foreign = given.keys() & {"--full", "--linear", "--runtime-dir"}
+    if name != ORCHESTRATOR and (foreign or grpc):
+        raise click.UsageError(f"--only {name} takes none of --full, --linear, --runtime-dir and --grpc")
+    command = [sys.executable, "-m", MODULES[name]]
+    command += [str(word) for pair in given.items() for word in pair]
+    if name == ORCHESTRATOR:
+        if settings.model == Path():
+            raise click.UsageError("MODEL is missing")
+        command += [word for address in grpc for word in ("--grpc", address)]
+        command += settings.arguments()
+    else:
+        command += ["--threads", str(settings.threads)]
+    if settings.threads:
+        os.environ["OMP_NUM_THREADS"] = str(settings.threads)
+    os.execv(sys.executable, command)
+
+
+def _run(
+    settings: Settings,
+    endpoints: Endpoints,
+    placement: str,
+    drain_seconds: float,
+    log_level: str,
+    json_out: bool,
+) -> int:
+    """Start a cell, say where it is, and keep it until a signal comes."""
+    with (
+        loading(settings.model, consoles.stderr()) as watch,
+        launch(
+            settings, endpoints, placement, log_level, drain_seconds, echo=echo_to_stderr, watch=watch
+        ) as cell,
+    ):
+        watch.done()
+        until = _Stop(cell)
+        _announce(cell, settings, endpoints.metrics_host, json_out)
+        until.wait(drain_seconds)
+    return EXIT_OK
+
+
+class _Stop:
+    """Waits for the end of a cell; the first SIGTERM or SIGINT drains it, the second one ends it."""
+
+    def __init__(self, cell: Launched) -> None:
+        self._cell = cell
+        self._asked = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._signalled)
+
+    def wait(self, drain_seconds: float) -> None:
+        """Return when the cell has stopped.
+
+        Raises:
+            BraidError: what ended a process that could not be kept running.
+        """
+        if self._cell.supervisor is not None:
+            self._cell.supervisor.join()
+            return
+        self._asked.wait()
+        with self._cell.client() as client:
+            client.drain(drain_seconds)
+
+    def _signalled(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        again = self._asked.is_set()
+        self._asked.set()
+        if self._cell.supervisor is None:
+            if again:
+                sys.exit(EXIT_INTERRUPTED)
+            return
+        if again:
+            log.warning("%s again: stopping at once", name)
+            self._cell.supervisor.kill()
+        else:
+            log.info("%s: draining; once more stops at once", name)
+            self._cell.supervisor.stop()
+
+
+def _announce(cell: Launched, settings: Settings, metrics_host: str, json_out: bool) -> None:
+    if json_out:
+        print(json.dumps(cell.info.to_json()), flush=True)
+        return
+    plans, console = settings.plans(), consoles.stdout()
+    console.print(f"[bold]{settings.model.resolve().name}[/]  {layer_summary(plans)}")
+    console.print(strip(plans.target, console.width, console.options.ascii_only))
+    table = consoles.table(("process", "left"), ("address", "left"), ("metrics", "left"))
+    for name in (ORCHESTRATOR, FULL, LINEAR):
+        port = cell.info.metrics[name]
+        addresses = [cell.info.address, *cell.info.grpc] if name == ORCHESTRATOR else []
+        table.add_row(name, "  ".join(addresses), f"http://{metrics_host}:{port}/metrics")
+    console.print(table)
+    console.print(f'braid generate {settings.model} "def " --connect {cell.address}', style="dim")
+    sys.stdout.flush()

@@ -14,6 +14,7 @@ from braid_kernels.metadata import PagedMeta
 from braid_kernels.registry import default_full_backend, full_backend
 from braid_wire import dtypes
 from braid_wire.attention_core import AttentionCore, LayerRunner, PlannedBatch
+from braid_wire.batch import MODE_CODES
 from braid_wire.errors import (
     BatchInvalid,
     BraidError,
@@ -25,7 +26,7 @@ from braid_wire.errors import (
     ServiceFault,
     ViewInvalid,
 )
-from braid_wire.layers import Geometry, Kind, LayerSpec, Role
+from braid_wire.layers import Geometry, Kind, LayerPlan, LayerSpec, Mode, Role
 from braid_wire.metrics import versions
 
 GEOMETRIES: Mapping[str, type[FullGeometry]] = {cls.mechanism: cls for cls in (Gqa, Mla)}
@@ -33,6 +34,7 @@ GEOMETRIES: Mapping[str, type[FullGeometry]] = {cls.mechanism: cls for cls in (G
 REFUSALS: Mapping[type[Exception], type[BraidError]] = {
     kernel_errors.MetadataError: BatchInvalid,
     kernel_errors.PlanError: PlanMismatch,
+    kernel_errors.OptionError: RequestInvalid,
     kernel_errors.InputError: ViewInvalid,
     kernel_errors.LayerError: ViewInvalid,
     kernel_errors.GeometryError: ConfigInvalid,
@@ -62,6 +64,7 @@ class FullAttention(AttentionCore):
     def __init__(self, backend: FullBackend, max_tokens: int = 0) -> None:
         self._backend = backend
         self._max_tokens = max_tokens
+        self._known: dict[Role, tuple[LayerPlan, tuple[FullGeometry, ...]]] = {}
 
     def describe(self) -> attention_pb2.DescribeResponse:
         can = self._backend.capabilities
@@ -105,18 +108,36 @@ class FullAttention(AttentionCore):
         return _Runner(kernel)
 
     def plan(
-        self, role: Role, arrays: Mapping[str, torch.Tensor], page_size: int, options: Mapping[str, str]
+        self, plan: LayerPlan, arrays: Mapping[str, torch.Tensor], page_size: int, options: Mapping[str, str]
     ) -> PlannedBatch:
-        meta = PagedMeta(arrays["cu_seqlens"], arrays["context_lens"], arrays["page_table"])
-        plan = self._backend.plan(meta, page_size, options)
-        summary = attention_pb2.PlanSummary(
-            qo_indptr_last=plan.qo_indptr_last,
-            kv_tokens=plan.kv_tokens,
-            workspace_bytes=plan.workspace_bytes,
-            ignored_options=plan.ignored_options,
-            planned=plan.payload is not None,
+        meta = PagedMeta(
+            arrays["cu_seqlens"],
+            arrays["context_lens"],
+            arrays["page_table"],
+            extend=arrays["modes"] == MODE_CODES[Mode.EXTEND],
         )
-        return PlannedBatch(summary, _Planned(meta, plan))
+        found = self._backend.plan(meta, page_size, options, self._geometries(plan))
+        summary = attention_pb2.PlanSummary(
+            qo_indptr_last=found.qo_indptr_last,
+            kv_tokens=found.kv_tokens,
+            prefix_chunks=[
+                attention_pb2.PrefixChunk(starts=chunk.starts, lengths=chunk.lengths)
+                for chunk in found.prefix_chunks
+            ],
+            workspace_bytes=found.workspace_bytes,
+            ignored_options=found.ignored_options,
+            planned=found.payload is not None,
+        )
+        return PlannedBatch(summary, _Planned(meta, found))
+
+    def _geometries(self, plan: LayerPlan) -> tuple[FullGeometry, ...]:
+        """The different geometries of a role's full layers; worked out once for each plan."""
+        known = self._known.get(plan.role)
+        if known is None or known[0] is not plan:
+            distinct = dict.fromkeys(spec.geometry(Kind.FULL) for spec in plan.side(Kind.FULL))
+            known = plan, tuple(_kernel_geometry(geometry) for geometry in distinct)
+            self._known[plan.role] = known
+        return known[1]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from braid_kernels.backend import (
     LinearKernel,
     LinearLayer,
     Planning,
+    PrefixChunk,
     Ragged,
 )
 from braid_kernels.errors import (
@@ -25,6 +26,7 @@ from braid_kernels.errors import (
     KernelError,
     LayerError,
     MetadataError,
+    OptionError,
     PlanError,
     UnknownBackendError,
     UnsupportedError,
@@ -81,9 +83,11 @@ __all__ = [
     "Mamba2",
     "MetadataError",
     "Mla",
+    "OptionError",
     "PagedMeta",
     "PlanError",
     "Planning",
+    "PrefixChunk",
     "Ragged",
     "ShortConv",
     "Signature",

@@ -7,7 +7,7 @@ copied to fp32) and then called once per step with that step's rows and metadata
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from braid_kernels.checks import check_full_layer, check_linear_layer
-from braid_kernels.errors import LayerError, MetadataError, PlanError
+from braid_kernels.errors import LayerError, UnsupportedError
 from braid_kernels.geometry import FullGeometry, LinearGeometry
 from braid_kernels.metadata import LinearMeta, PagedMeta
 
@@ -29,7 +29,7 @@ class Planning(Enum):
 
 
 class Ragged(Enum):
-    """Whether the backend has a ragged (non-paged) prefill path."""
+    """Whether spans of different lengths run as one batch, or one by one (what comes out is the same)."""
 
     SUPPORTED = "supported"
     FORCED_OFF = "forced_off"
@@ -45,6 +45,11 @@ class Capabilities:
     graphs: bool
     mechanisms: frozenset[str]
     dtypes: frozenset[torch.dtype]
+
+    def check(self, mechanism: str) -> None:
+        """Raise UnsupportedError for a mechanism that is not declared."""
+        if mechanism not in self.mechanisms:
+            raise UnsupportedError("mechanism", mechanism, f"is not one of {sorted(self.mechanisms)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,20 +112,36 @@ class FullLayer:
         return next(iter(self.caches.values())).shape[0]
 
 
+@dataclass(frozen=True)
+class PrefixChunk:
+    """A run of mla attention over part of the cached prefixes.
+
+    Every new token of sequence b attends, not causally, to positions starts[b] .. starts[b] + lengths[b]
+    of its own prefix, whose keys and values are expanded for this chunk alone. The results of all chunks,
+    and that of the new tokens among themselves (causal), merge by log-sum-exp: natural logarithm, lse
+    [T, H]; a row without a key in a part is out 0, lse -inf there.
+    """
+
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]  # 0: the sequence has no part in this chunk
+
+
 @dataclass(frozen=True, eq=False)
 class FullPlan:
-    """Summary of a plan. The caller checks `qo_indptr_last == num_tokens` before any layer runs.
+    """Summary of a plan. The caller checks it against the batch before any layer runs.
 
     qo_indptr_last: query rows the plan covers. kv_tokens: cached positions after the step, summed over
-    the batch. workspace_bytes: scratch that attending will use. ignored_options: names of options the
-    backend does not have. prefix_chunks: backend's own description. payload: for the backend alone.
+    the batch. workspace_bytes: scratch for expanded keys and values. ignored_options: names of options
+    the backend does not have. prefix_chunks: in the order in which they run; of a sequence that continues
+    a prompt they cover the prefix exactly once, of any other sequence nothing; empty: the kernel cuts
+    as it likes. payload: for the backend alone; None: nothing was planned.
     """
 
     qo_indptr_last: int
     kv_tokens: int
     workspace_bytes: int = 0
     ignored_options: tuple[str, ...] = ()
-    prefix_chunks: tuple[object, ...] = ()
+    prefix_chunks: tuple[PrefixChunk, ...] = ()
     payload: object = None
 
 
@@ -174,48 +195,15 @@ class FullBackend(ABC):
         """Resolve one layer. Raises UnsupportedError for what `capabilities` does not declare."""
 
     @abstractmethod
-    def plan(self, meta: PagedMeta, page_size: int, options: Mapping[str, str]) -> FullPlan:
-        """Plan one step. Unknown options are named in `ignored_options`, never an error."""
+    def plan(
+        self,
+        meta: PagedMeta,
+        page_size: int,
+        options: Mapping[str, str],
+        layers: Collection[FullGeometry],
+    ) -> FullPlan:
+        """Plan one step for the layers with these geometries.
 
-
-def summarise_plan(meta: PagedMeta, page_size: int, options: Mapping[str, str]) -> FullPlan:
-    """The plan of a CPU backend that needs none: checked spans, and no option known.
-
-    Raises MetadataError for spans that are not monotone, do not end at num_tokens, or outgrow the page
-    table.
-    """
-    if page_size < 1:
-        raise MetadataError("page_size", page_size, "must be >= 1")
-    cu = meta.cu_seqlens.tolist()
-    contexts = meta.context_lens.tolist()
-    max_pages = meta.page_table.shape[1]
-    if cu[0] != 0:
-        raise MetadataError("cu_seqlens[0]", cu[0], "must be 0")
-    if cu[-1] != meta.num_tokens:
-        raise MetadataError("cu_seqlens[-1]", cu[-1], f"must equal num_tokens ({meta.num_tokens})")
-    total = 0
-    for b, context in enumerate(contexts):
-        length = cu[b + 1] - cu[b]
-        if length < 0:
-            raise MetadataError(f"cu_seqlens[{b + 1}]", cu[b + 1], "must not be less than its predecessor")
-        if context < 0:
-            raise MetadataError(f"context_lens[{b}]", context, "must be >= 0")
-        if length and context + length > max_pages * page_size:
-            raise MetadataError(
-                f"context_lens[{b}]",
-                context,
-                f"+ {length} new tokens outgrow {max_pages} pages of {page_size}",
-            )
-        total += context + length
-    return FullPlan(qo_indptr_last=cu[-1], kv_tokens=total, ignored_options=tuple(sorted(options)))
-
-
-def check_plan(plan: FullPlan | None, meta: PagedMeta, planning: Planning) -> None:
-    """Raise PlanError where a required plan is missing or a plan is not this batch's."""
-    if plan is None:
-        if planning is Planning.REQUIRED:
-            raise PlanError("plan", None, "this backend requires a plan")
-        return
-    if plan.qo_indptr_last != meta.num_tokens:
-        rule = f"must equal num_tokens ({meta.num_tokens})"
-        raise PlanError("plan.qo_indptr_last", plan.qo_indptr_last, rule)
+        Options that the backend does not have are named in `ignored_options`, never an error; one that it
+        has with a value that it cannot use raises OptionError. Raises MetadataError for spans.
+        """

@@ -117,7 +117,7 @@ def torch_l2(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a recurrent step needs: q, k [B, H, dk], v [B, H, dv], log decay [B, H, 1|dk, 1], beta [B, H, 1]."""
+    """One recurrent step: q, k [B, H, dk], v [B, H, dv], log decay [B, H, 1|dk, 1], beta [B, H, 1]."""
 
     q: Tensor
     k: Tensor

@@ -41,6 +41,10 @@ class PlanError(FieldError):
     """A plan that is missing where it is required, or that belongs to another batch."""
 
 
+class OptionError(FieldError):
+    """A plan option that the backend has, with a value that it cannot use."""
+
+
 class UnsupportedError(FieldError):
     """A backend was asked for something its capabilities do not declare."""
 

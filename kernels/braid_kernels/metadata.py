@@ -83,12 +83,15 @@ class PagedMeta:
     Entries that no position of the sequence needs (beyond its end, or wholly before its sliding
     window) are never read and may hold anything.
     num_tokens: T; read from cu_seqlens where it is not given (which synchronises on a GPU).
+    extend: bool [B], true where the span continues a prompt, false where it decodes or verifies; None:
+    true for all. It steers how a plan has a span computed, never what comes out.
     """
 
     cu_seqlens: Tensor
     context_lens: Tensor
     page_table: Tensor
     num_tokens: int = -1
+    extend: Tensor | None = None
 
     def __post_init__(self) -> None:
         batch = _batch(self.cu_seqlens)
@@ -96,6 +99,12 @@ class PagedMeta:
         _sequences("context_lens", self.context_lens, batch)
         _int32("page_table", self.page_table, 2)
         _sequences("page_table", self.page_table, batch)
+        if self.extend is not None:
+            if self.extend.dtype != torch.bool or self.extend.dim() != 1:
+                raise MetadataError(
+                    "extend", (self.extend.dtype, tuple(self.extend.shape)), "must be bool [B]"
+                )
+            _sequences("extend", self.extend, batch)
         if self.num_tokens == -1:
             object.__setattr__(self, "num_tokens", int(self.cu_seqlens[-1]))
         if self.num_tokens < 0:

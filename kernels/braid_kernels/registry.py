@@ -69,17 +69,43 @@ def _cpp_full() -> FullBackend:
     return CppFullBackend()
 
 
+def _triton_linear() -> LinearBackend:
+    try:
+        from braid_kernels.triton_kernels import TritonLinearBackend
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise BuildError("the Triton kernels need the package triton, which is not installed") from error
+
+    return TritonLinearBackend()
+
+
+def _direct_full() -> FullBackend:
+    from braid_kernels.gathered import DirectFullBackend
+
+    return DirectFullBackend()
+
+
+def _gather_full() -> FullBackend:
+    from braid_kernels.gathered import GatherFullBackend
+
+    return GatherFullBackend()
+
+
 LINEAR: Registry[LinearBackend] = Registry("linear")
 LINEAR.register("reference", _reference_linear)
 LINEAR.register("cpp", _cpp_linear)
+LINEAR.register("triton", _triton_linear)
 
 FULL: Registry[FullBackend] = Registry("full")
 FULL.register("reference", _reference_full)
 FULL.register("cpp", _cpp_full)
+FULL.register("direct", _direct_full)
+FULL.register("gather", _gather_full)
 
 
 def linear_backend(name: str) -> LinearBackend:
-    """The linear backend `name`. Raises UnknownBackendError, or BuildError for "cpp"."""
+    """The linear backend `name`. Raises UnknownBackendError, or BuildError for "cpp" and "triton"."""
     return LINEAR.get(name)
 
 

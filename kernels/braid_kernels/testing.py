@@ -171,12 +171,16 @@ class FullCase:
     pad: int = 0
     out: Tensor = field(default_factory=lambda: torch.empty(0))
 
-    def run(self, backend: FullBackend, *, planned: bool = False) -> FullCase:
-        """A copy of the case after the step: fresh caches, `out` filled."""
+    def run(
+        self, backend: FullBackend, *, planned: bool = False, options: Mapping[str, str] | None = None
+    ) -> FullCase:
+        """A copy of the case after the step: fresh caches, `out` filled; with a plan where `options` are."""
         caches = {name: _clone_pool(cache) for name, cache in self.caches.items()}
         out = poisoned_rows(self.meta.num_tokens, signature(self.geometry).output, self.dtype, self.pad)
         layer = FullLayer(self.geometry, self.params, caches)
-        plan = backend.plan(self.meta, layer.page_size, {}) if planned else None
+        plan = None
+        if planned or options is not None:
+            plan = backend.plan(self.meta, layer.page_size, options or {}, (self.geometry,))
         backend.layer(layer)(self.inputs, self.meta, plan, out)
         return replace(self, caches=caches, out=out)
 

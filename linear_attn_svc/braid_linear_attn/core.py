@@ -9,7 +9,15 @@ import torch
 from braid.v1 import attention_pb2, common_pb2
 from braid_kernels import errors as kernel_errors
 from braid_kernels.backend import LinearBackend, LinearKernel, LinearLayer
-from braid_kernels.geometry import GatedDelta, KimiDelta, Lightning, LinearGeometry, Mamba2
+from braid_kernels.geometry import (
+    GatedDelta,
+    KimiDelta,
+    Lightning,
+    LinearGeometry,
+    Mamba1,
+    Mamba2,
+    ShortConv,
+)
 from braid_kernels.metadata import LinearMeta
 from braid_kernels.registry import default_linear_backend, linear_backend
 from braid_wire import dtypes
@@ -24,11 +32,11 @@ from braid_wire.errors import (
     ServiceFault,
     ViewInvalid,
 )
-from braid_wire.layers import Geometry, Kind, LayerSpec, Role
+from braid_wire.layers import Geometry, Kind, LayerPlan, LayerSpec
 from braid_wire.metrics import versions
 
 GEOMETRIES: Mapping[str, type[LinearGeometry]] = {
-    cls.mechanism: cls for cls in (GatedDelta, KimiDelta, Lightning, Mamba2)
+    cls.mechanism: cls for cls in (GatedDelta, KimiDelta, Lightning, Mamba2, Mamba1, ShortConv)
 }
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -96,11 +104,11 @@ class LinearAttention(AttentionCore):
         memory: Mapping[str, torch.Tensor],
         page_size: int,
     ) -> LayerRunner:
-        layer = LinearLayer(_kernel_geometry(geometry), params, memory["state"], memory.get("conv"))
+        layer = LinearLayer(_kernel_geometry(geometry), params, memory.get("state"), memory.get("conv"))
         return _Runner(self._backend.layer(layer))
 
     def plan(
-        self, role: Role, arrays: Mapping[str, torch.Tensor], page_size: int, options: Mapping[str, str]
+        self, plan: LayerPlan, arrays: Mapping[str, torch.Tensor], page_size: int, options: Mapping[str, str]
     ) -> PlannedBatch:
         meta = LinearMeta(arrays["cu_seqlens"], arrays["state_in"], arrays["state_out"])
         # A recurrence has nothing to plan: the batch was checked, and no option is known.

@@ -32,6 +32,10 @@ class CellOptions:
     dispatch: Dispatch = Dispatch.WALK
     limits: Limits = field(default_factory=Limits)
     trust_remote_code: bool = False
+    connect_s: float = 180.0
+    """Longest wait for a service that is starting; one that runs for the first time builds its kernels."""
+    plan_options: Mapping[str, str] = field(default_factory=dict)
+    """For the services' backends, with every Plan ("prefix_chunk_tokens": "4096")."""
 
 
 class Cell:
@@ -66,13 +70,15 @@ class Cell:
         self.store = Store(
             self.owner,
             self.body.plans,
-            self.body.params,
+            self.body.take_params(),
             self.options.limits,
             Dtypes(self.options.dtype, self.options.state_dtype),
         )
         self.metrics.watch_pools(self.store.memory)
-        self.dispatcher = Dispatcher(self.store, links, self.options.dispatch, self.metrics, model.name)
-        self.dispatcher.connect()
+        self.dispatcher = Dispatcher(
+            self.store, links, self.options.dispatch, self.metrics, model.name, self.options.plan_options
+        )
+        self.dispatcher.connect(self.options.connect_s)
         self.walker = Walker(self.body, self.dispatcher, self.metrics)
         self.engine = Engine(self.walker, self.options.limits, self.plans.vocab_size, self.metrics)
         self.engine.start()

@@ -6,8 +6,9 @@ not in it is refused, and a step is not over before every layer of the plan has 
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 
 import torch
@@ -18,7 +19,6 @@ from braid_wire.batch import Batch
 from braid_wire.errors import (
     LayerPlanDisputed,
     LayerUnknown,
-    PlanMismatch,
     StepOrder,
     ViewInvalid,
 )
@@ -26,7 +26,10 @@ from braid_wire.layers import Kind, LayerPlan, LayerSpec, Role, digest
 from braid_wire.metrics import LayerMetrics, ProcessMetrics
 
 from braid_orchestrator.link import Link, Walk
+from braid_orchestrator.plan_check import check_summary
 from braid_orchestrator.store import Store
+
+log = logging.getLogger(__name__)
 
 SIDES = (Kind.FULL, Kind.LINEAR)
 
@@ -74,6 +77,7 @@ class Dispatcher:
         dispatch: how layers reach them.
         metrics: of this process.
         cell: name of the cell, for the services' logs.
+        plan_options: sent with every Plan; what a service does not have it ignores, which is logged once.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class Dispatcher:
         dispatch: Dispatch,
         metrics: ProcessMetrics,
         cell: str = "cell",
+        plan_options: Mapping[str, str] | None = None,
     ) -> None:
         self.store = store
         self.links = links
@@ -91,6 +96,8 @@ class Dispatcher:
         self.epoch = 0
         self.observer: Observer | None = None
         self.descriptions: dict[Kind, pb.DescribeResponse] = {}
+        self.plan_options = dict(plan_options or {})
+        self._ignored: set[tuple[Kind, str]] = set()
         self._cell = cell
         self._walks: dict[Kind, Walk] = {}
         self._specs: dict[tuple[Role, int], LayerSpec] = {}
@@ -186,6 +193,13 @@ class Dispatcher:
         if self.observer is not None:
             self.observer(point, compute, overhead)
 
+    def note_ignored(self, side: Kind, options: Iterable[str]) -> None:
+        """Log each plan option that a service does not have, the first time that it says so."""
+        for option in options:
+            if (side, option) not in self._ignored:
+                self._ignored.add((side, option))
+                log.info("the %s service has no plan option %s", self.links[side].name, option)
+
     def _ticket(self, spec: LayerSpec, side: Kind, rows: int) -> pb.Ticket:
         buffers = self.store.buffers(spec, side, rows)
         return pb.Ticket(
@@ -215,13 +229,13 @@ class Step:
         self._plan: LayerPlan = dispatcher.store.plans[batch.role]
         self._tickets = dispatcher.tickets(batch.role, batch.num_tokens)
         self._left: dict[Kind, list[int]] = {}
-        request = pb.PlanRequest(batch=dispatcher.store.publish(batch))
+        request = pb.PlanRequest(batch=dispatcher.store.publish(batch), options=dispatcher.plan_options)
         for side in SIDES:
             layers = [spec.layer_id for spec in self._plan.side(side)]
             if layers:
                 self._left[side] = layers
                 self.summaries[side] = self._open(side, request, layers)
-                _check_summary(self.summaries[side], batch, dispatcher.links[side].name)
+                check_summary(self.summaries[side], batch, side, dispatcher.links[side].name)
 
     def attend(
         self, layer_id: int, inputs: Mapping[str, torch.Tensor], side: Kind | None = None
@@ -297,6 +311,7 @@ class Step:
             message = pb.WalkRequest(open=pb.OpenStep(plan=request, tickets=tickets))
             summary = dispatcher.walk(side).call(message).opened.summary
         dispatcher.metrics.plan_seconds.observe(time.monotonic() - began)
+        dispatcher.note_ignored(side, summary.ignored_options)
         return summary
 
     def _take(self, layer_id: int, side: Kind) -> int:
@@ -367,15 +382,6 @@ def _check_kind(kind: Kind, description: pb.DescribeResponse, link: Link) -> Non
         raise LayerPlanDisputed(
             f"the service at {link.address} is of kind {description.kind}, not {kind.value}",
             address=link.address,
-        )
-
-
-def _check_summary(summary: pb.PlanSummary, batch: Batch, name: str) -> None:
-    if summary.qo_indptr_last != batch.num_tokens:
-        raise PlanMismatch(
-            f"the {name} service planned {summary.qo_indptr_last} query rows for {batch.num_tokens} tokens",
-            planned=summary.qo_indptr_last,
-            tokens=batch.num_tokens,
         )
 
 

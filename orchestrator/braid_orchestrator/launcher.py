@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -231,42 +231,36 @@ def _embedded(
     settings: Settings, endpoints: Endpoints, runtime: RuntimeDirectory, watch: Watch
 ) -> Iterator[Launched]:
     """The orchestrator and both hosts in this process: no boundary, the same contract."""
+    from transformers.utils import logging as transformers_logging
+
     from braid_orchestrator.cell import Cell
     from braid_orchestrator.link import EmbeddedLink
     from braid_orchestrator.node import HANDOVER_SOCKET, Node, free_socket
 
+    transformers_logging.disable_progress_bar()
     hosts = embedded_hosts(thread_count(settings.threads))
-    for kind in hosts:
-        watch(kind.value, "ready")
-    node = Node([service_address(runtime.path, ORCHESTRATOR), *endpoints.grpc], endpoints.tls)
-    cell = Cell(
-        settings.model,
-        {kind: EmbeddedLink(kind, host) for kind, host in hosts.items()},
-        free_socket(runtime.path / HANDOVER_SOCKET),
-        settings.cell_options(),
-    )
-    ports = endpoints.metrics_ports
-    scraped = {
-        kind: host.metrics.serve(ports.get(kind.value, 0), endpoints.metrics_host)
-        for kind, host in hosts.items()
-    }
-    node.serve(cell, ports.get(ORCHESTRATOR, 0), endpoints.metrics_host)
-    watch(ORCHESTRATOR, "ready")
-    info = CellInfo(
-        address=node.addresses[0],
-        grpc=node.addresses[1:],
-        metrics={
-            **{kind.value: endpoint.port for kind, endpoint in scraped.items()},
-            ORCHESTRATOR: node.metrics_port,
-        },
-        model=str(settings.model),
-        pid=os.getpid(),
-        directory=str(runtime.path),
-    )
-    publish(info)
-    try:
+    links = {kind: EmbeddedLink(kind, host) for kind, host in hosts.items()}
+    ports, host_name = endpoints.metrics_ports, endpoints.metrics_host
+    with ExitStack() as closing:
+        scraped: dict[str, int] = {}
+        for kind, host in hosts.items():
+            endpoint = host.metrics.serve(ports.get(kind.value, 0), host_name)
+            closing.callback(endpoint.close)
+            scraped[kind.value] = endpoint.port
+            watch(kind.value, "ready")
+        node = Node([service_address(runtime.path, ORCHESTRATOR), *endpoints.grpc], endpoints.tls)
+        closing.callback(node.stop)
+        handover = free_socket(runtime.path / HANDOVER_SOCKET)
+        cell = Cell(settings.model, links, handover, settings.cell_options())
+        node.serve(cell, ports.get(ORCHESTRATOR, 0), host_name)
+        watch(ORCHESTRATOR, "ready")
+        info = CellInfo(
+            address=node.addresses[0],
+            grpc=node.addresses[1:],
+            metrics={ORCHESTRATOR: node.metrics_port, **scraped},
+            model=str(settings.model),
+            pid=os.getpid(),
+            directory=str(runtime.path),
+        )
+        publish(info)
         yield Launched(info, None)
-    finally:
-        node.stop(0.0)
-        for endpoint in scraped.values():
-            endpoint.close()

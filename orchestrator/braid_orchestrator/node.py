@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from braid.v1 import orchestrator_pb2_grpc
 from braid_wire.errors import BraidError, ServiceFault, ServiceLost
 from braid_wire.layers import Kind
+from braid_wire.metrics import MetricsEndpoint
 from braid_wire.process import (
     EXIT_FAULT,
     EXIT_OK,
@@ -43,6 +45,7 @@ HANDOVER_SOCKET = "arenas.sock"
 _WORKERS = 1024 + 256
 # Behind a drain: what is left of a step, and of a wait for a service that will not come back.
 _CLOSE_S = 5.0
+_LOOK_S = 0.2  # between two looks whether a drain still makes sense
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Node:
 
     def __init__(self, addresses: Sequence[str], tls: Tls | None = None) -> None:
         self._cell: Cell | None = None
+        self._endpoint: MetricsEndpoint | None = None
         self._server = Server([SERVICE_NAME], workers=_WORKERS, refused=self._refused)
         self.addresses = tuple(
             self._server.listen(address, None if address.startswith("unix:") else tls)
@@ -97,18 +101,29 @@ class Node:
         self._server.start()
         self._server.set_ready(True)
 
-    def stop(self, drain_seconds: float) -> int:
-        """Drain, stop, and say how many requests were left unfinished."""
+    def drain(self, seconds: float, give_up: Callable[[], bool] = lambda: False) -> int:
+        """Take nothing new, let what runs finish, and say how many requests are left.
+
+        Args:
+            seconds: longest wait.
+            give_up: asked again and again; True ends the wait.
+        """
         if self._cell is None:
             return 0
         self._server.set_ready(False)
-        left = self._cell.engine.drain(drain_seconds)
-        if left:
-            log.warning("%d requests did not finish within %.0f s", left, drain_seconds)
-        self._cell.close()
-        self._server.stop(1.0)
-        self._endpoint.close()
+        end = time.monotonic() + seconds
+        left = self._cell.engine.drain(0.0)
+        while left and not give_up() and time.monotonic() < end:
+            left = self._cell.engine.drain(_LOOK_S)
         return left
+
+    def stop(self) -> None:
+        """End what is left, close the cell, stop serving."""
+        if self._cell is not None:
+            self._cell.close()
+        self._server.stop(1.0)
+        if self._endpoint is not None:
+            self._endpoint.close()
 
     def _refused(self, reason: str) -> None:
         if self._cell is not None:
@@ -161,7 +176,7 @@ def _serve(settings: Settings, options: NodeOptions) -> None:
         node.serve(cell, options.metrics_port, options.metrics_host)
         _announce(node, settings)
         stop.wait()
-        _drain(node, options)
+        _end(node, options)
     finally:
         if runtime is not None:
             runtime.close()
@@ -187,16 +202,23 @@ def _announce(node: Node, settings: Settings) -> None:
     log.info("serving %s, metrics on port %d", ", ".join(node.addresses), node.metrics_port)
 
 
-def _drain(node: Node, options: NodeOptions) -> None:
-    # Whoever lost its supervisor loses the services too, and has nothing to wait for.
-    orphaned = options.parent is not None and os.getppid() != options.parent
-    seconds = 0.0 if orphaned else options.drain_seconds
+def _end(node: Node, options: NodeOptions) -> None:
+    """Drain, then stop, within bounds."""
+
+    def orphaned() -> bool:
+        # Who lost its supervisor loses the services too, and has nothing to wait for. The parent may
+        # still be on its way out when its end is signalled.
+        return options.parent is not None and os.getppid() != options.parent
+
     log.info("draining")
+    left = node.drain(options.drain_seconds, orphaned)
+    if left:
+        log.warning("%d requests are left unfinished", left)
     # The engine may be waiting for a service that is gone, and nobody depends on how this ends.
-    last = threading.Timer(seconds + _CLOSE_S, os._exit, (EXIT_FAULT,))
+    last = threading.Timer(1.0 if orphaned() else _CLOSE_S, os._exit, (EXIT_FAULT,))
     last.daemon = True
     last.start()
-    node.stop(seconds)
+    node.stop()
     last.cancel()
 
 

@@ -74,7 +74,7 @@ class Request:
         stop_ids: tokens that end the request and are not given out.
         chunk: most prompt tokens of one step; 0: as many as the budget allows.
         decode_tail: last prompt tokens that are fed one at a time, as if they had been made.
-        mtp: run the draft over the prompt too, and score with it.
+        mtp: run the draft over the prompt too, and score with it; only where nothing is made.
         mrope_positions: int64 [3, L], a time, a height and a width position for each prompt token;
             what is made counts on from the largest in all three. For models that take them.
 
@@ -99,6 +99,8 @@ class Request:
             value = getattr(self, name)
             if value < 0:
                 raise RequestInvalid(f"{name} is {value}; it must not be negative", field=name, value=value)
+        if self.mtp and self.max_tokens:
+            raise RequestInvalid("mtp scores a prompt; max_tokens must be 0", field="mtp")
         self._check_mrope()
         self.tokens: list[int] = [int(token) for token in self.prompt]
         sequence_id = next(_sequence_ids)

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Sequence
 import grpc
 import numpy as np
 import torch
+from braid.v1 import common_pb2, orchestrator_pb2_grpc
 from braid.v1 import orchestrator_pb2 as pb
-from braid.v1 import orchestrator_pb2_grpc
 from braid_wire import convert
 from braid_wire.arena import Allocator, Arena
+from braid_wire.batch import IntArray
 from braid_wire.errors import ConfigInvalid, RequestInvalid, ServiceLost
 from braid_wire.layers import Kind
 from braid_wire.rpc import Server
@@ -78,6 +79,8 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServicer):
     def Score(self, request: pb.ScoreRequest, context: grpc.ServicerContext) -> pb.ScoreResponse:
         if not request.sequences:
             raise RequestInvalid("there are no sequences to score", field="sequences")
+        if request.mtp and not request.want_logits:
+            raise RequestInvalid("mtp is set, but want_logits is not", field="mtp")
         before = self._cell.walker.steps
         works = [
             Request(
@@ -85,16 +88,18 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServicer):
                 prompt=np.array(sequence.ids, dtype=np.int64),
                 chunk=request.chunk,
                 decode_tail=request.decode_tail,
+                mtp=request.mtp,
+                mrope_positions=grid,
             )
-            for sequence in request.sequences
+            for sequence, grid in zip(request.sequences, _grids(request), strict=True)
         ]
         context.add_callback(lambda: self._cancel(works))
-        logits = self._score(works)
+        scored = self._score(works)
         response = pb.ScoreResponse(steps=self._cell.walker.steps - before)
-        for work, rows in zip(works, logits, strict=True):
-            response.scores.append(pb.SequenceScore(token_logprobs=_logprobs(rows, work.prompt)))
+        for work, found in zip(works, scored, strict=True):
+            response.scores.append(pb.SequenceScore(token_logprobs=_logprobs(found.logits, work.prompt)))
         if request.want_logits:
-            self._share(response, logits)
+            self._share(response, scored)
         return response
 
     def Attend(
@@ -158,8 +163,8 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServicer):
             raise ConfigInvalid(f"{self._cell.model.name} has no tokenizer; send token ids", field="text")
         return self._cell.tokenizer.encode(request.text)
 
-    def _score(self, works: Sequence[Request]) -> list[torch.Tensor]:
-        """float32 [L, V] of each; where one fails, the others are ended too."""
+    def _score(self, works: Sequence[Request]) -> list[Scored]:
+        """The scores of each; where one fails, the others are ended too."""
         engine = self._cell.engine
         try:
             for work in works:
@@ -173,14 +178,20 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServicer):
         for work in works:
             self._cell.engine.cancel(work)
 
-    def _share(self, response: pb.ScoreResponse, logits: Sequence[torch.Tensor]) -> None:
+    def _share(self, response: pb.ScoreResponse, scored: Sequence[Scored]) -> None:
         """Put logits into memory of their own, which the first to fetch it keeps."""
         owner = self._cell.owner
-        size = sum(-(-rows.nbytes // 64) * 64 for rows in logits)
-        arena = owner.create(size, "logits", once=True)
+        all_rows = [rows for found in scored for rows in (found.logits, found.mtp_logits) if rows is not None]
+        arena = owner.create(sum(-(-rows.nbytes // 64) * 64 for rows in all_rows), "logits", once=True)
         allocator = Allocator(arena)
-        for score, rows in zip(response.scores, logits, strict=True):
-            score.logits.CopyFrom(view_of(allocator.empty(rows.shape, rows.dtype).copy_(rows), arena))
+
+        def share(rows: torch.Tensor) -> common_pb2.TensorView:
+            return view_of(allocator.empty(rows.shape, rows.dtype).copy_(rows), arena)
+
+        for score, found in zip(response.scores, scored, strict=True):
+            score.logits.CopyFrom(share(found.logits))
+            if found.mtp_logits is not None:
+                score.mtp_logits.CopyFrom(share(found.mtp_logits))
         response.logits_arena.CopyFrom(owner.describe(arena))
         self._expire(arena)
 
@@ -247,16 +258,31 @@ def _sampling(request: pb.GenerateRequest) -> Sampling:
     )
 
 
-def _scored(work: Request) -> torch.Tensor:
-    logits: torch.Tensor | None = None
+def _grids(request: pb.ScoreRequest) -> list[IntArray | None]:
+    """int64 [3, L] of each sequence that has mrope positions."""
+    if not request.mrope_positions:
+        return [None] * len(request.sequences)
+    if len(request.mrope_positions) != len(request.sequences):
+        raise RequestInvalid(
+            f"there are {len(request.mrope_positions)} grids for {len(request.sequences)} sequences",
+            field="mrope_positions",
+        )
+    grids = [np.array(grid.positions, dtype=np.int64) for grid in request.mrope_positions]
+    if any(len(grid) % 3 for grid in grids):
+        raise RequestInvalid("a grid's positions must be three times its tokens", field="mrope_positions")
+    return [grid.reshape(3, -1) if len(grid) else None for grid in grids]
+
+
+def _scored(work: Request) -> Scored:
+    scored: Scored | None = None
     for event in work.stream():
         if isinstance(event, Failed):
             raise event.error
         if isinstance(event, Scored):
-            logits = event.logits
-    if logits is None:
+            scored = event
+    if scored is None:
         raise RequestInvalid("the request made no scores")
-    return logits
+    return scored
 
 
 def _logprobs(logits: torch.Tensor, prompt: np.ndarray) -> list[float]:

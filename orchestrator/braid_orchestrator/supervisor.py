@@ -408,7 +408,8 @@ def _failure(child: _Child, code: int) -> BraidError:
     """Why a process cannot start: what it said, or its last line."""
     if child.error is not None:
         return child.error
-    last = child.lines[-1] if child.lines else "it said nothing"
+    # Of a traceback, which is logged on one line, the end says most.
+    last = child.lines[-1].rpartition("⏎ ")[2] if child.lines else "it said nothing"
     message = f"{child.program.name} {_how(code)} at its start: {last}"
     return RequestInvalid(message) if code == EXIT_USAGE else ServiceFault(message)
 

@@ -92,9 +92,7 @@ class Walker:
             lambda staged, step: self.body.draft(staged.batch, hidden, step.attend, rows),
         )
 
-    def _replayed(
-        self, role: Role, spans: Sequence[Span], walk: Callable[[Staged, Step], Output]
-    ) -> Output:
+    def _replayed(self, role: Role, spans: Sequence[Span], walk: Callable[[Staged, Step], Output]) -> Output:
         with self._lock:
             for attempt in range(self._max_replays + 1):
                 try:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from harness import save_random
+from torch import nn
 
 VOCAB = 97
 _SMALL: Mapping[str, Any] = {
@@ -37,23 +39,43 @@ class Case:
     sizes: Mapping[str, Any]
     config: str = "Config"
     model: str = "ForCausalLM"
-    saved: Mapping[str, Any] = field(default_factory=dict)
-    """More arguments of `save_random`."""
 
     def __str__(self) -> str:
         return f"{self.family}-{self.name}"
 
-    def save(self, directory: Path) -> Path:
-        """Write the checkpoint."""
+    def save(self, directory: Path, **how: Any) -> Path:
+        """Write the checkpoint; `how` are more arguments of `save_random`."""
         config = getattr(transformers, self.prefix + self.config)(**self.sizes)
-        return save_random(getattr(transformers, self.prefix + self.model), config, directory, **self.saved)
+        model = getattr(transformers, self.prefix + self.model)
+        return save_random(model, config, directory, prepare=lively, **how)
+
+
+@torch.no_grad()
+def lively(model: nn.Module) -> None:
+    """Conv outputs of order one, memories of a few to a hundred tokens, and experts that are biased.
+
+    As they are initialised, mixers of linear layers are nearly silent and forget everything at once,
+    which would hide a state that is lost.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith("conv1d.weight"):
+            parameter.mul_(8)
+        elif name.endswith("A_log"):
+            parameter.uniform_(-2.5, 1.0)
+        elif name.endswith("dt_bias"):
+            parameter.uniform_(-4.0, 0.5)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.uniform_(-0.5, 0.5)
 
 
 def _dense(family: str, prefix: str, **variants: Mapping[str, Any]) -> list[Case]:
     """A case for each variant, as changes of the small sizes; a None takes a size out."""
     found = []
     for name, changes in variants.items():
-        sizes = {key: value for key, value in {**_SMALL, **changes}.items() if key not in changes or value != "-"}
+        sizes = {
+            key: value for key, value in {**_SMALL, **changes}.items() if key not in changes or value != "-"
+        }
         found.append(Case(family, name, prefix, sizes))
     return found
 
@@ -115,9 +137,18 @@ DENSE = [
     ),
     *_dense("qwen3_moe", "Qwen3Moe", plain={**_MOE, "head_dim": 12}),
     *_dense("gemma", "Gemma", plain={"head_dim": 12, "tie_word_embeddings": True}),
-    *_dense("phi3", "Phi3", partial={"rope_parameters": {
-        "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
-    }}, window={"sliding_window": 9}),
+    *_dense(
+        "phi3",
+        "Phi3",
+        partial={
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+            }
+        },
+        window={"sliding_window": 9},
+    ),
     *_dense("olmo", "Olmo", clipped={"clip_qkv": 0.3}),
     *_dense("olmo2", "Olmo2", plain={}),
     *_dense("olmo3", "Olmo3", windows={"sliding_window": 9, "num_hidden_layers": 5}),
@@ -160,7 +191,12 @@ _DELTA = {
 }
 _SHARED_MOE = {**_MOE, "shared_expert_intermediate_size": 24}
 _TEXT = {**_SMALL, **_DELTA}
-_GRID = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+_GRID = {
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+    "mrope_section": [2, 1, 1],
+}
 _VISION = {
     "depth": 1,
     "hidden_size": 16,
@@ -177,7 +213,13 @@ QWEN = [
         "qwen3_next",
         "dense-mlp",
         "Qwen3Next",
-        {**_TEXT, **_SHARED_MOE, "mlp_only_layers": [0, 2], "linear_num_value_heads": 3, "linear_conv_kernel_dim": 3},
+        {
+            **_TEXT,
+            **_SHARED_MOE,
+            "mlp_only_layers": [0, 2],
+            "linear_num_value_heads": 3,
+            "linear_conv_kernel_dim": 3,
+        },
     ),
     Case("qwen3_5", "text", "Qwen3_5", {**_TEXT, "rope_parameters": _GRID}, config="TextConfig"),
     Case(
@@ -202,4 +244,189 @@ QWEN = [
         model="ForConditionalGeneration",
     ),
 ]
-CASES: list[Case] = [*DENSE, *QWEN]
+
+_LATENT = {
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "num_key_value_heads": 6,
+}
+_GROUPS = {
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "mscale": 0.8,
+    "mscale_all_dim": 0.7,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "original_max_position_embeddings": 64,
+}
+_KDA = {**_SMALL, **_LATENT, **_GROUPS, "num_hidden_layers": 4}
+
+HYBRID = [
+    Case(
+        "kimi_linear",
+        "interleaved",
+        "KimiLinear",
+        {
+            **_KDA,
+            "linear_head_dim": 12,
+            "linear_num_heads": 5,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+            "num_experts": 6,
+        },
+    ),
+    Case(
+        "kimi_linear",
+        "conv-3",
+        "KimiLinear",
+        {
+            **_KDA,
+            "linear_head_dim": 16,
+            "linear_num_heads": 3,
+            "linear_conv_kernel_dim": 3,
+            "num_experts": 6,
+            "num_hidden_layers": 5,
+        },
+    ),
+    Case(
+        "bailing_hybrid",
+        "bounded",
+        "BailingHybrid",
+        {
+            **_KDA,
+            "head_dim": 20,
+            "layer_group_size": 3,
+            "kda_lower_bound": -5.0,
+            "num_experts": 6,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    Case(
+        "bailing_hybrid",
+        "unbounded",
+        "BailingHybrid",
+        {**_KDA, "head_dim": 16, "layer_group_size": 2, "kda_safe_gate": False, "num_experts": 6},
+    ),
+    Case(
+        "minimax",
+        "alternating",
+        "MiniMax",
+        {
+            **_SMALL,
+            **_LOCAL_MOE,
+            "num_hidden_layers": 4,
+            "head_dim": 12,
+            "linear_attn_alpha_factor": 1.3,
+            "full_attn_beta_factor": 0.8,
+            "mlp_alpha_factor": 1.2,
+        },
+    ),
+    Case(
+        "minimax",
+        "listed",
+        "MiniMax",
+        {
+            **_SMALL,
+            **_LOCAL_MOE,
+            "num_hidden_layers": 3,
+            "block_size": 16,
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+        },
+    ),
+    Case(
+        "olmo_hybrid",
+        "negative-eigenvalues",
+        "OlmoHybrid",
+        {
+            **_SMALL,
+            "num_hidden_layers": 4,
+            "linear_num_key_heads": 3,
+            "linear_num_value_heads": 6,
+            "linear_key_head_dim": 12,
+            "linear_value_head_dim": 20,
+            "linear_allow_neg_eigval": True,
+        },
+    ),
+    Case(
+        "olmo_hybrid",
+        "rotary",
+        "OlmoHybrid",
+        {
+            **_SMALL,
+            "num_hidden_layers": 4,
+            "linear_allow_neg_eigval": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
+]
+
+LATENT = [
+    Case(
+        "deepseek_v2",
+        "ranked",
+        "DeepseekV2",
+        {
+            **_SMALL,
+            **_LATENT,
+            **_GROUPS,
+            "q_lora_rank": 18,
+            "n_routed_experts": 6,
+            "first_k_dense_replace": 1,
+            "topk_method": "greedy",
+        },
+    ),
+    Case(
+        "deepseek_v2",
+        "yarn",
+        "DeepseekV2",
+        {
+            **_SMALL,
+            **_LATENT,
+            **_GROUPS,
+            "q_lora_rank": None,
+            "n_routed_experts": 6,
+            "first_k_dense_replace": 1,
+            "topk_method": "group_limited_greedy",
+            "rope_parameters": _YARN,
+        },
+    ),
+    Case(
+        "deepseek_v3",
+        "ranked",
+        "DeepseekV3",
+        {
+            **_SMALL,
+            **_LATENT,
+            **_GROUPS,
+            "q_lora_rank": 18,
+            "n_routed_experts": 6,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    Case(
+        "deepseek_v3",
+        "yarn",
+        "DeepseekV3",
+        {
+            **_SMALL,
+            **_LATENT,
+            **_GROUPS,
+            "q_lora_rank": None,
+            "n_routed_experts": 6,
+            "first_k_dense_replace": 1,
+            "rope_interleave": False,
+            "rope_parameters": _YARN,
+        },
+    ),
+]
+CASES: list[Case] = [*DENSE, *QWEN, *HYBRID, *LATENT]

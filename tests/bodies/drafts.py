@@ -29,14 +29,20 @@ class Head:
     layers: Any
 
     @torch.no_grad()
-    def logits(self, target: Any, prompt: np.ndarray) -> torch.Tensor:
-        """float32 [L−1, V]: from the embedding of token t+1 and the final hidden state of token t."""
+    def logits(self, target: Any, prompt: np.ndarray, grid: np.ndarray | None = None) -> torch.Tensor:
+        """float32 [L−1, V]: from the embedding of token t+1 and the final hidden state of token t.
+
+        Args:
+            grid: int64 [3, L], mrope positions; the head's are those of the hidden states.
+        """
         ids = torch.from_numpy(prompt)[None]
-        hidden = target.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        places = torch.arange(len(prompt))[None] if grid is None else torch.from_numpy(grid)[:, None]
+        whole = target.model(input_ids=ids, position_ids=places, use_cache=False)
+        hidden = whole.last_hidden_state[:, :-1]
         embedded = target.model.embed_tokens(ids[:, 1:])
         fused = self.fc(torch.cat([self.norm_embedding(embedded), self.norm_hidden(hidden)], dim=-1))
-        place = torch.arange(fused.shape[1])[None]
-        out = self.layers.model(inputs_embeds=fused, position_ids=place, use_cache=False).last_hidden_state
+        places = places[..., :-1]
+        out = self.layers.model(inputs_embeds=fused, position_ids=places, use_cache=False).last_hidden_state
         return target.lm_head(out)[0].float()
 
 

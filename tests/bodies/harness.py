@@ -96,9 +96,7 @@ def cell(
 ) -> Iterator[Cell]:
     """A cell with both services in this process."""
     links = {
-        Kind.FULL: EmbeddedLink(
-            Kind.FULL, AttentionHost(load_full(backend, 1), ProcessMetrics("full", "0"))
-        ),
+        Kind.FULL: EmbeddedLink(Kind.FULL, AttentionHost(load_full(backend, 1), ProcessMetrics("full", "0"))),
         Kind.LINEAR: EmbeddedLink(
             Kind.LINEAR, AttentionHost(load_linear(backend, 1), ProcessMetrics("linear", "0"))
         ),
@@ -132,17 +130,23 @@ def score(
     """
     grids = mrope or [None] * len(prompts)
     requests = [
-        _request(prompt, schedule, mrope_positions=grid)
-        for prompt, grid in zip(prompts, grids, strict=True)
+        _request(prompt, schedule, mrope_positions=grid) for prompt, grid in zip(prompts, grids, strict=True)
     ]
     return [found.logits for found in _run(running, requests)]
 
 
 def score_mtp(
-    running: Cell, prompts: Sequence[np.ndarray], schedule: Schedule = SCHEDULES[0]
+    running: Cell,
+    prompts: Sequence[np.ndarray],
+    schedule: Schedule = SCHEDULES[0],
+    mrope: Sequence[np.ndarray | None] | None = None,
 ) -> list[torch.Tensor | None]:
     """float32 [L−1, V] of each sequence: the draft's logits; None for a single token."""
-    requests = [_request(prompt, schedule, mtp=True) for prompt in prompts]
+    grids = mrope or [None] * len(prompts)
+    requests = [
+        _request(prompt, schedule, mtp=True, mrope_positions=grid)
+        for prompt, grid in zip(prompts, grids, strict=True)
+    ]
     return [found.mtp_logits for found in _run(running, requests)]
 
 
@@ -267,6 +271,29 @@ def bfloat16_error(model: Path, oracle: Any | None = None, backend: str = "cpp")
         found = [score(running, prompts, schedule) for schedule in (SCHEDULES[0], SCHEDULES[-1])]
     span = max(float(w.max() - w.min()) for w in wanted)
     return max(worst(logits, wanted) for logits in found) / span
+
+
+def bfloat16_rows(model: Path, backend: str = "cpp") -> tuple[torch.Tensor, torch.Tensor]:
+    """Largest error of each token's logits against float32, relative to the logit range.
+
+    A router in bfloat16 sends a token with nearly equal scores to another expert, in any
+    implementation; such a token's error says nothing, so rows are given and not their maximum.
+
+    Returns:
+        [tokens] of a bfloat16 cell, and [tokens] of stock transformers in bfloat16.
+    """
+    exact = load_reference(model)
+    rounded = type(exact).from_pretrained(model, dtype=torch.bfloat16, attn_implementation="eager").eval()
+    with cell(model, backend, dtype=torch.bfloat16) as running:
+        prompts = sequences(running.plans.vocab_size)
+        found = score(running, prompts, SCHEDULES[-1])
+    wanted = reference(exact, prompts)
+    span = max(float(w.max() - w.min()) for w in wanted)
+    ours, stock = (
+        torch.cat([(a - b).abs().amax(-1) for a, b in zip(logits, wanted, strict=True)]) / span
+        for logits in (found, reference(rounded, prompts))
+    )
+    return ours, stock
 
 
 def smaller(limits: Limits = LIMITS, **changes: int) -> Limits:

@@ -61,8 +61,8 @@ def _nemotron(**changes: Any) -> Any:
             **COMMON, **_HEADS, "hidden_size": 56, "head_dim": 18, "layers_block_type": blocks,
             "mamba_num_heads": 6, "mamba_head_dim": 14, "ssm_state_size": 19, "n_groups": 2, "conv_kernel": 4,
             "chunk_size": 16, "intermediate_size": 60, "n_routed_experts": 4, "moe_intermediate_size": 24,
-            "moe_shared_expert_intermediate_size": 40, "time_step_min": 0.05, "rescale_prenorm_residual": False,
-            **changes,
+            "moe_shared_expert_intermediate_size": 40, "time_step_min": 0.05,
+            "rescale_prenorm_residual": False, **changes,
         }
     )  # fmt: skip
 

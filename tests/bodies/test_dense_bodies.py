@@ -12,5 +12,4 @@ from harness import check
 @pytest.mark.parametrize("case", DENSE, ids=str)
 def test_dense_model(case: Case, tmp_path: Path) -> None:
     found = check(case.save(tmp_path))
-    print("ERR", case, found.error, found.crowd, found.logit_range)
     assert found.mechanisms == ("gqa",)

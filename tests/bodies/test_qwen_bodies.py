@@ -12,5 +12,4 @@ from harness import check
 @pytest.mark.parametrize("case", QWEN, ids=str)
 def test_qwen(case: Case, tmp_path: Path) -> None:
     found = check(case.save(tmp_path))
-    print("ERR", case, found.error, found.crowd, found.logit_range)
     assert found.mechanisms == ("gated_delta", "gqa")

@@ -241,7 +241,7 @@ def test_bad_metadata_is_refused_before_anything_is_written(
 def test_plan_summary_and_foreign_plans(backend: str) -> None:
     chosen = full_backend(backend)
     case = full_case(Gqa(2, 1, 8, 8, 0.3), [3, 0, 1], [5, 7, 0], page_size=4)
-    plan = chosen.plan(case.meta, 4, {"fixed_split_size": "4"})
+    plan = chosen.plan(case.meta, 4, {"fixed_split_size": "4"}, (case.geometry,))
     assert (plan.qo_indptr_last, plan.kv_tokens, plan.ignored_options) == (4, 16, ("fixed_split_size",))
     kernel = chosen.layer(FullLayer(case.geometry, {}, case.caches))
     out = torch.empty(4, *signature(case.geometry).output)
@@ -249,7 +249,7 @@ def test_plan_summary_and_foreign_plans(backend: str) -> None:
     with pytest.raises(PlanError, match="qo_indptr_last"):
         kernel(case.inputs, case.meta, FullPlan(qo_indptr_last=800, kv_tokens=800), out)
     with pytest.raises(MetadataError, match="outgrow"):
-        chosen.plan(case.meta, 2, {})
+        chosen.plan(case.meta, 2, {}, (case.geometry,))
 
 
 def test_bad_caches_are_refused_by_name() -> None:

@@ -70,7 +70,7 @@ def test_unknown_backends_are_refused_with_the_known_ones() -> None:
     for get in (linear_backend, full_backend):
         with pytest.raises(UnknownBackendError) as caught:
             get("flash")
-        assert caught.value.known == ("cpp", "reference")
+        assert {"cpp", "reference"} <= set(caught.value.known)
         assert "flash" in str(caught.value) and "reference" in str(caught.value)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -17,7 +18,7 @@ from braid.v1 import attention_pb2 as pb
 from braid.v1 import common_pb2
 from braid_wire import convert, errors
 from braid_wire.arena import ArenaOwner
-from braid_wire.layers import Kind, LayerPlan, LayerSpec, Mamba1, Role, ShortConv
+from braid_wire.layers import Kind, LayerPlan, LayerSpec, Role
 from service_harness import GDN, GQA, Cell, MakeCell, Sent, Work, changed, refused
 
 FULL, LINEAR = Kind.FULL, Kind.LINEAR
@@ -498,22 +499,31 @@ def test_a_refused_configure_changes_nothing(cell: Cell, case: ConfigureCase) ->
             cell.check(kind, sent, work)
 
 
-def test_unsupported_mechanisms_are_named_with_their_ids(cell: Cell) -> None:
-    plan = LayerPlan(
-        Role.TARGET,
-        (
-            LayerSpec(4, Kind.LINEAR, linear=Mamba1(8, 4, 2, 4)),
-            LayerSpec(5, Kind.LINEAR, linear=GDN),
-            LayerSpec(9, Kind.LINEAR, linear=ShortConv(8, 3)),
-            LayerSpec(11, Kind.LINEAR, linear=Mamba1(8, 4, 2, 4)),
-        ),
-    )
+@pytest.mark.parametrize("kind", BOTH)
+def test_an_unsupported_dtype_is_named_with_the_layers(cell: Cell, kind: Kind) -> None:
+    """No backend takes float16, whatever mechanisms it has."""
+    request = cell.configure_request(kind)
+    request.activation_dtype = common_pb2.DTYPE_FLOAT16
+    with refused(DISPUTED) as found:
+        cell.services[kind].stub.Configure(request, timeout=10)
+    for role, plan in cell.plans.items():
+        for spec in plan:
+            named = f"{role.value} {spec.layer_id}" in found[0].message
+            assert named == (spec in plan.side(kind)), found[0].message
+    assert "float16" in found[0].message and kind.value in found[0].message
+
+
+def test_layers_that_cannot_run_are_named_with_their_ids_and_no_others(cell: Cell) -> None:
+    """Two reasons at once; what every backend refuses are convolutions wider than 16, and such scales."""
+    wide, negative = replace(GDN, conv_width=17), replace(GDN, scale=-1.0)
+    layers = ((4, wide), (5, GDN), (9, negative), (11, wide))
+    plan = LayerPlan(Role.TARGET, tuple(LayerSpec(i, Kind.LINEAR, linear=g) for i, g in layers))
     request = cell.configure_request(LINEAR)
     request.plans[0].CopyFrom(convert.plan_to_pb(plan))
     with refused(DISPUTED) as found:
         cell.services[LINEAR].stub.Configure(request, timeout=10)
-    assert re.search(r"target 4, target 11: .*mamba1", found[0].message)
-    assert re.search(r"target 9: .*short_conv", found[0].message)
+    assert re.search(r"target 4, target 11: .*conv_width", found[0].message)
+    assert re.search(r"target 9: .*scale", found[0].message)
     assert "target 5" not in found[0].message
 
 

@@ -59,7 +59,7 @@ class Core(AttentionCore):
         return lambda inputs, planned, out: self.kernel(inputs, planned, out)
 
     def plan(
-        self, role: Role, arrays: Mapping[str, torch.Tensor], page_size: int, options: Mapping[str, str]
+        self, plan: LayerPlan, arrays: Mapping[str, torch.Tensor], page_size: int, options: Mapping[str, str]
     ) -> PlannedBatch:
         self.planned.append(dict(arrays))
         return PlannedBatch(pb.PlanSummary(qo_indptr_last=int(arrays["cu_seqlens"][-1])), None)

@@ -14,7 +14,7 @@ import torch
 from braid.v1 import attention_pb2
 
 from braid_wire.errors import BraidError
-from braid_wire.layers import Geometry, Kind, LayerSpec, Role
+from braid_wire.layers import Geometry, Kind, LayerPlan, LayerSpec
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,12 @@ class AttentionCore(ABC):
 
     @abstractmethod
     def plan(
-        self, role: Role, arrays: Mapping[str, torch.Tensor], page_size: int, options: Mapping[str, str]
+        self, plan: LayerPlan, arrays: Mapping[str, torch.Tensor], page_size: int, options: Mapping[str, str]
     ) -> PlannedBatch:
         """Plan a checked batch.
 
         Args:
-            role: whose layers will run.
+            plan: of the role whose layers will run, those of the other kind included.
             arrays: the batch's metadata, private copies with dtypes of `SHARED_DTYPES`; page fields
                 for a full core, state fields for a linear one.
             page_size: positions in a page; 0 for a linear core.

@@ -264,7 +264,7 @@ class AttentionHost:
             return PlannedBatch(summary, None)
         check({name: array.numpy() for name, array in arrays.items()}, batch.num_tokens, layers.pools)
         try:
-            return self._core.plan(layers.plan.role, arrays, layers.pools.page_size, options)
+            return self._core.plan(layers.plan, arrays, layers.pools.page_size, options)
         except Exception as error:
             raise self._typed(error, "planning") from error
 

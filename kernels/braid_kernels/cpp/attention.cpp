@@ -7,8 +7,13 @@
 // [keys, rows], so that the softmax runs down the lanes and nothing has to be transposed but q.
 // How a sequence is cut depends on that sequence alone, never on the batch or the thread count.
 //
-// MLA runs on the same units in its absorbed form: one latent row per position is key of every head
-// and, in its first `rank` columns, value.
+// MLA has two forms. Absorbed (decode, short spans): the same units, one latent row per position is key
+// of every head and, in its first `rank` columns, value. Expanded (prompts): one unit per sequence and
+// head, which makes keys and values of that head from a chunk of latents at a time and lets every row of
+// the span attend to them. A plan says how the cached prefix is cut into chunks.
+//
+// Parts of an attention are kept as (weighted sum, maximum, sum) of each row: its log-sum-exp, natural
+// logarithm, is maximum + log(sum), and parts merge with the weights exp(maximum - common maximum).
 #include <cmath>
 #include <limits>
 #include <new>
@@ -25,6 +30,8 @@ constexpr int FEW_ROWS = 8;        // up to here: the decode path
 constexpr int BLOCK_ROWS = 128;    // query rows per unit of the prefill path
 constexpr int SPLIT_ROWS = 64;     // up to here a long context is split ..
 constexpr int64_t SPLIT_KEYS = 1024;  // .. into ranges of this many keys, to keep all cores busy
+constexpr int MIN_EXPANDED_ROWS = 16;  // shorter spans share their reads of w_uk and w_uv instead
+constexpr int EXPANDED_KEYS = 512;     // keys expanded at a time where no plan says
 constexpr int MR = VL == 16 ? 8 : 4;  // register block of the small matrix products: MR rows x 2 vectors
 constexpr float NEG_INF = -std::numeric_limits<float>::infinity();
 
@@ -51,18 +58,28 @@ struct Rows {
     int32_t dtype;
 };
 
+enum Path : uint8_t { CHEAPER = 0, EXPAND = 1, ABSORB = 2 };  // mirrored in native/full.py
+
+struct Plan {
+    const int32_t *starts, *lengths;  // [chunks, batch]: parts of the prefixes, for mla
+    const uint8_t* paths;             // [batch], or null: CHEAPER for all
+    int64_t chunks;
+};
+
 struct Call {
     const FullDesc* d;
+    Plan plan;
     Rows q, out;  // [T, q_heads, dk | dv]
     const int32_t *cu, *context, *pages;
     int64_t batch, tokens, max_pages;
     int group, dkp, dvp;          // query heads per KV head; dk, dv in whole vectors
     int64_t k_step, v_step;       // elements between positions of a page
     float* partials;              // per part: weighted sums [rows, dvp], then maxima and sums [2, rows]
+    const int32_t* rows;          // [batch]: first row of each sequence in q and out, -1: not attended to here
 };
 
 struct Unit {
-    int sequence, kv_head, token, tokens;  // query tokens [token, token + tokens) of the batch
+    int sequence, kv_head, token, tokens;  // rows [token, token + tokens) of Call::q and Call::out
     int64_t position;                      // of the first query token
     int64_t first, last;                   // keys [first, last)
     int64_t partial;                       // -1: write the output; else offset of this part in Call::partials
@@ -430,6 +447,23 @@ int64_t check(const Call& c) {
     return OK;
 }
 
+// Chunks, where there are any, must cover every prefix from its start, in order and to its end; of a
+// sequence that is absorbed they may cover nothing.
+int64_t check_plan(const Call& c) {
+    const Plan& p = c.plan;
+    for (int64_t b = 0; p.chunks && b < c.batch; b++) {
+        int64_t covered = 0;
+        for (int64_t i = 0; i < p.chunks; i++) {
+            const int64_t at = i * c.batch + b, length = p.lengths[at];
+            if (length < 0 || (length && p.starts[at] != covered)) return failure(CHUNKS, b);
+            covered += length;
+        }
+        const bool needed = p.paths[b] != ABSORB && c.cu[b + 1] > c.cu[b];
+        if (covered != c.context[b] && (needed || covered)) return failure(CHUNKS, b);
+    }
+    return OK;
+}
+
 // Converts n elements from one row to another.
 void copy_row(const Rows& src, int64_t from, void* dst, int32_t dtype, int64_t to, int n) {
     if (src.dtype == dtype) {
@@ -456,11 +490,20 @@ void append(const Call& c, const Rows& x, void* cache, int64_t page_stride, int6
     });
 }
 
+// Tokens of the batch that lie one behind the other among the absorbed rows too, MR at most.
+struct Run {
+    int64_t token, row;
+    int tokens;
+};
+
 struct Work {
     std::vector<Unit> units;
     std::vector<Merge> merges;
     std::vector<float> partials;
-    std::vector<float> q, out;  // mla: absorbed queries [T, H, dk] and latent outputs [T, H, dv]
+    std::vector<float> q, out;  // mla: absorbed queries [rows, H, dk] and latent outputs [rows, H, dv]
+    std::vector<int32_t> rows;  // mla: see Call::rows
+    std::vector<int32_t> expanded;  // mla: sequences whose keys and values are expanded
+    std::vector<Run> runs;
 };
 
 // Cuts one block of query tokens over its keys, where the context is long and the rows are few.
@@ -495,7 +538,7 @@ double cut(Call& c, Work& w) {
     int64_t floats = 0;
     double work = 0;
     for (int b = 0; b < c.batch; b++) {
-        const int begin = c.cu[b], length = c.cu[b + 1] - begin;
+        const int begin = c.rows ? c.rows[b] : c.cu[b], length = begin < 0 ? 0 : c.cu[b + 1] - c.cu[b];
         const int64_t context = c.context[b];
         // Late blocks see most keys: handed out first, so that no thread is left with one at the end.
         for (int i = (length - 1) / block * block; length && i >= 0; i -= block) {
@@ -542,28 +585,197 @@ void attend(Call& c, Work& w) {
     parallel((int64_t)w.merges.size(), (double)w.partials.size(), [&](int64_t i) { merge_block(c, w, w.merges[i]); });
 }
 
-// y[t, h, :columns] = x[t, h, :] W[h] for every token and head, MR tokens at a time; W [H, depth, row].
+// y[h, :columns] = x[h, :] W[h] for every head of every token of the runs; W [H, depth, row]. One side
+// has the batch's tokens as rows, the other (absorb: y) the absorbed ones.
 template <class WT>
-void project(const Call& c, const Rows& x, int64_t x_head, int depth, const WT* weight, int64_t row, const Rows& y, int64_t y_head, int columns) {
-    const int64_t blocks = (c.tokens + MR - 1) / MR;
+void project(const Call& c, const std::vector<Run>& runs, bool absorb, const Rows& x, int64_t x_head, int depth, const WT* weight, int64_t row,
+             const Rows& y, int64_t y_head, int columns) {
+    const int64_t blocks = (int64_t)runs.size();
     const int padded = round_up(columns, VL), depth_p = round_up(depth, VL);
-    parallel(blocks * c.d->q_heads, (double)c.tokens * c.d->q_heads * depth * columns, [&](int64_t i) {
-        const int64_t h = i / blocks, t0 = i % blocks * MR;
-        const int n = c.tokens - t0 < MR ? (int)(c.tokens - t0) : MR;
+    parallel(blocks * c.d->q_heads, (double)blocks * MR * c.d->q_heads * depth * columns, [&](int64_t i) {
+        const int64_t h = i / blocks;
+        const Run& run = runs[i % blocks];
+        const int64_t from = absorb ? run.token : run.row, to = absorb ? run.row : run.token;
+        const int n = run.tokens;
         float* in = scratch((size_t)MR * (depth_p + padded));
         float* result = in + MR * depth_p;
-        for (int t = 0; t < n; t++) widen_row(x.data, x.dtype, (t0 + t) * x.stride + h * x_head, in + t * depth_p, depth);
+        for (int t = 0; t < n; t++) widen_row(x.data, x.dtype, (from + t) * x.stride + h * x_head, in + t * depth_p, depth);
         const WT* W = weight + h * depth * row;
         int j = 0;
         for (; j + 2 * VL <= padded; j += 2 * VL) multiply_rows<2>(in, depth_p, 1, W + j, row, result + j, padded, n, depth, false);
         if (j < padded) multiply_rows<1>(in, depth_p, 1, W + j, row, result + j, padded, n, depth, false);
-        for (int t = 0; t < n; t++) narrow_row(result + t * padded, const_cast<void*>(y.data), y.dtype, (t0 + t) * y.stride + h * y_head, columns);
+        for (int t = 0; t < n; t++) narrow_row(result + t * padded, const_cast<void*>(y.data), y.dtype, (to + t) * y.stride + h * y_head, columns);
     });
 }
-void project(const Call& c, const Rows& x, int64_t x_head, int depth, const void* weight, int64_t row, const Rows& y, int64_t y_head, int columns) {
-    if (c.d->weight_dtype == F32) project(c, x, x_head, depth, (const float*)weight, row, y, y_head, columns);
-    else project(c, x, x_head, depth, (const bf16*)weight, row, y, y_head, columns);
+void project(const Call& c, const std::vector<Run>& runs, bool absorb, const Rows& x, int64_t x_head, int depth, const void* weight, int64_t row,
+             const Rows& y, int64_t y_head, int columns) {
+    if (c.d->weight_dtype == F32) project(c, runs, absorb, x, x_head, depth, (const float*)weight, row, y, y_head, columns);
+    else project(c, runs, absorb, x, x_head, depth, (const bf16*)weight, row, y, y_head, columns);
 }
+
+// ---- MLA, expanded: one head of one sequence ----
+
+// Whether expanding takes fewer multiply-adds; planning.py `expands` has the formula.
+bool expands(const Call& c, int64_t b) {
+    const FullDesc& d = *c.d;
+    const int64_t rows = c.cu[b + 1] - c.cu[b], context = c.context[b];
+    const int path = c.plan.paths ? c.plan.paths[b] : CHEAPER;
+    if (path != CHEAPER) return path == EXPAND;
+    if (rows < MIN_EXPANDED_ROWS) return false;
+    const double pairs = rows * (context + (rows + 1) * 0.5), project = (double)d.dv * (d.nope + d.v_head_dim);
+    const double absorbed = pairs * (d.dk + d.dv) + rows * project;
+    return pairs * (d.nope + d.rope + d.v_head_dim) + (double)(context + rows) * project < absorbed;
+}
+
+struct Expanded {
+    int rows, padded, dk, dkp, dvp, latent_p;  // dk = nope + rope; *p: in whole vectors
+    float *q;       // blocks of BLOCK_ROWS rows, each in panels [padded][dk]
+    float *w_uk;    // panels [nope][rank]: this head's w_uk transposed
+    float *latent;  // [KEYS, latent_p]
+    float *keys;    // [chunk, dkp]
+    float *values;  // per KEYS keys: panels [dvp][KEYS]
+    float *scores, *acc, *max, *sum, *position, *keep, *row;  // as in Tile; keep [BLOCK_ROWS]; row: one query
+};
+
+Expanded lay_out(const Call& c, int rows, int64_t chunk) {
+    const FullDesc& d = *c.d;
+    Expanded e{};
+    e.rows = rows;
+    e.padded = round_up(rows, VL);
+    e.dk = d.nope + d.rope;
+    e.dkp = round_up(e.dk, VL);
+    e.dvp = round_up(d.v_head_dim, VL);
+    e.latent_p = round_up(d.dk, VL);
+    const size_t tiles = (size_t)(chunk + KEYS - 1) / KEYS, padded = e.padded;
+    const size_t parts[] = {padded * e.dk, (size_t)round_up(d.nope, VL) * d.dv, (size_t)KEYS * e.latent_p, tiles * KEYS * e.dkp, tiles * KEYS * e.dvp,
+                            (size_t)KEYS * BLOCK_ROWS, padded * e.dvp, padded, padded, padded, (size_t)BLOCK_ROWS, (size_t)e.dkp + VL};
+    float** fields[] = {&e.q, &e.w_uk, &e.latent, &e.keys, &e.values, &e.scores, &e.acc, &e.max, &e.sum, &e.position, &e.keep, &e.row};
+    size_t total = 0;
+    for (size_t n : parts) total += (n + 15) / 16 * 16;
+    float* at = scratch(total);
+    for (int i = 0; i < 12; i++) {
+        *fields[i] = at;
+        at += (parts[i] + 15) / 16 * 16;
+    }
+    return e;
+}
+
+void pack_head(const Call& c, const Expanded& e, const Rows& q_nope, const Rows& q_pe, int64_t begin, int h) {
+    const FullDesc& d = *c.d;
+    for (int first = 0; first < e.rows; first += BLOCK_ROWS) {
+        const int rows = e.rows - first < BLOCK_ROWS ? e.rows - first : BLOCK_ROWS, padded = round_up(rows, VL);
+        for (int n = 0; n < padded;) {
+            const int width = panel_width(n, padded);
+            float* panel = e.q + (size_t)(first + n) * e.dk;
+            for (int r = 0; r < width; r++) {
+                const int64_t t = begin + first + n + r;
+                std::memset(e.row, 0, sizeof(float) * (e.dkp + VL));
+                if (n + r < rows) {
+                    widen_row(q_nope.data, q_nope.dtype, t * q_nope.stride + (int64_t)h * d.nope, e.row, d.nope);
+                    if (d.rope) widen_row(q_pe.data, q_pe.dtype, t * q_pe.stride + (int64_t)h * d.rope, e.row + d.nope, d.rope);
+                }
+                for (int i = 0; i < e.dk; i++) panel[i * width + r] = e.row[i] * d.scale;
+            }
+            n += width;
+        }
+    }
+    const int64_t weights = (int64_t)h * d.nope * d.uk_row;
+    for (int n = 0; n < round_up(d.nope, VL);) {
+        const int width = panel_width(n, round_up(d.nope, VL));
+        float* panel = e.w_uk + (size_t)n * d.dv;
+        for (int i = 0; i < width; i++)
+            for (int k = 0; k < d.dv; k++)
+                panel[(size_t)k * width + i] = n + i < d.nope ? element(d.w_uk, d.weight_dtype, weights + (n + i) * d.uk_row + k) : 0.0f;
+        n += width;
+    }
+    for (int r = 0; r < e.padded; r++) {
+        e.position[r] = (float)(r < e.rows ? r : e.rows - 1);  // relative to the first new token
+        e.max[r] = NEG_INF;
+        e.sum[r] = 0.0f;
+    }
+    std::memset(e.acc, 0, sizeof(float) * e.padded * e.dvp);
+}
+
+// Keys and values of head h at positions [first, first + count) of sequence b, from its pages.
+template <class WT> void expand_chunk(const Call& c, const Expanded& e, const WT* w_uv, int64_t b, int64_t first, int64_t count) {
+    const FullDesc& d = *c.d;
+    const int rank = d.dv;
+    for (int64_t at = 0; at < count; at += KEYS) {
+        const int n = count - at < KEYS ? (int)(count - at) : KEYS;
+        for (int j = 0; j < n; j++) {
+            const int64_t p = first + at + j, page = c.pages[b * c.max_pages + p / d.page_size];
+            widen_row(d.k, d.cache_dtype, page * d.k_page_stride + p % d.page_size * c.k_step, e.latent + j * e.latent_p, d.dk);
+        }
+        float *keys = e.keys + at * e.dkp, *values = e.values + at * e.dvp;
+        multiply_panels(e.latent, e.latent_p, 1, e.w_uk, rank, keys, e.dkp, n, round_up(d.nope, VL), rank, false);
+        for (int j = 0; d.rope && j < n; j++) std::memcpy(keys + j * e.dkp + d.nope, e.latent + j * e.latent_p + rank, sizeof(float) * d.rope);
+        int i = 0;
+        for (; i + 2 * VL <= e.dvp; i += 2 * VL) multiply_rows<2>(e.latent, e.latent_p, 1, w_uv + i, d.uv_row, values + i * KEYS, 2 * VL, n, rank, false);
+        if (i < e.dvp) multiply_rows<1>(e.latent, e.latent_p, 1, w_uv + i, d.uv_row, values + i * KEYS, VL, n, rank, false);
+    }
+}
+
+// Every row attends to the chunk's keys; `from` is the first one relative to the first new token.
+void attend_chunk(const Call& c, const Expanded& e, int64_t from, int64_t count) {
+    for (int first = 0; first < e.rows; first += BLOCK_ROWS) {
+        Tile t{};
+        t.rows = e.rows - first < BLOCK_ROWS ? e.rows - first : BLOCK_ROWS;
+        t.padded = round_up(t.rows, VL);
+        t.scores = e.scores;
+        t.acc = e.acc + (size_t)first * e.dvp;
+        t.max = e.max + first;
+        t.sum = e.sum + first;
+        t.position = e.position + first;
+        for (int64_t at = 0; at < count && from + at < first + t.rows; at += KEYS) {
+            const int n = count - at < KEYS ? (int)(count - at) : KEYS;
+            multiply_panels(e.keys + at * e.dkp, e.dkp, 1, e.q + (size_t)first * e.dk, e.dk, t.scores, t.padded, n, t.padded, e.dk, false);
+            soften_tile(c, t, from + at, n, from + at + n - 1 > first, e.keep);
+            for (int r = 0; r < t.padded; r++)
+                if (e.keep[r] != 1.0f)
+                    for (int i = 0; i < e.dvp; i += VL) store(t.acc + r * e.dvp + i, load(t.acc + r * e.dvp + i) * e.keep[r]);
+            multiply_panels(t.scores, 1, t.padded, e.values + at * e.dvp, KEYS, t.acc, e.dvp, t.padded, e.dvp, n, true);
+        }
+    }
+}
+
+template <class WT> void expand_head(const Call& c, const Rows& q_nope, const Rows& q_pe, int b, int h) {
+    const FullDesc& d = *c.d;
+    const int64_t begin = c.cu[b], context = c.context[b];
+    const int rows = c.cu[b + 1] - c.cu[b];
+    int64_t step = 0;
+    for (int64_t i = 0; i < c.plan.chunks; i++) step = c.plan.lengths[i * c.batch + b] > step ? c.plan.lengths[i * c.batch + b] : step;
+    const bool planned = step > 0;
+    if (!planned) step = context + rows < EXPANDED_KEYS ? context + rows : EXPANDED_KEYS;
+    const Expanded e = lay_out(c, rows, step);
+    pack_head(c, e, q_nope, q_pe, begin, h);
+    const WT* w_uv = (const WT*)d.w_uv + (int64_t)h * d.dv * d.uv_row;
+    const auto chunk = [&](int64_t first, int64_t count) {
+        expand_chunk(c, e, w_uv, b, first, count);
+        attend_chunk(c, e, first - context, count);
+    };
+    for (int64_t i = 0; planned && i < c.plan.chunks; i++) chunk(c.plan.starts[i * c.batch + b], c.plan.lengths[i * c.batch + b]);
+    const int64_t end = context + rows;
+    for (int64_t p = planned ? context : 0; p < end; p += step) chunk(p, end - p < step ? end - p : step);
+    for (int r = 0; r < rows; r++) {
+        float* acc = e.acc + (size_t)r * e.dvp;
+        const float sum = e.sum[r], factor = sum > 0.0f ? 1.0f / sum : sum;  // NaN stays NaN
+        for (int i = 0; i < e.dvp; i += VL) store(acc + i, load(acc + i) * factor);
+        narrow_row(acc, const_cast<void*>(c.out.data), c.out.dtype, (begin + r) * c.out.stride + (int64_t)h * d.v_head_dim, d.v_head_dim);
+    }
+}
+
+void attend_expanded(const Call& c, const Work& w, const Rows& q_nope, const Rows& q_pe) {
+    const FullDesc& d = *c.d;
+    double work = 0;
+    for (int b : w.expanded) work += (double)(c.context[b] + c.cu[b + 1] - c.cu[b]) * d.dv * (d.nope + d.v_head_dim) * d.q_heads;
+    parallel((int64_t)w.expanded.size() * d.q_heads, work, [&](int64_t i) {
+        const int b = w.expanded[i / d.q_heads], h = (int)(i % d.q_heads);
+        if (d.weight_dtype == F32) expand_head<float>(c, q_nope, q_pe, b, h);
+        else expand_head<bf16>(c, q_nope, q_pe, b, h);
+    });
+}
+
+// ---- a layer ----
 
 void run_gqa(Call& c, Work& w, const Rows& k, const Rows& v) {
     const FullDesc& d = *c.d;
@@ -572,21 +784,50 @@ void run_gqa(Call& c, Work& w, const Rows& k, const Rows& v) {
     attend(c, w);
 }
 
+// Parts the sequences into expanded and absorbed ones; gives the rows of the latter.
+int64_t divide(const Call& c, Work& w) {
+    w.rows.assign(c.batch, -1);
+    w.expanded.clear();
+    w.runs.clear();
+    int64_t rows = 0;
+    for (int b = 0; b < c.batch; b++) {
+        const int length = c.cu[b + 1] - c.cu[b];
+        if (length == 0) continue;
+        if (expands(c, b)) {
+            w.expanded.push_back(b);
+            continue;
+        }
+        w.rows[b] = (int32_t)rows;
+        for (int64_t t = c.cu[b]; t < c.cu[b + 1]; t++, rows++) {
+            Run* last = w.runs.empty() ? nullptr : &w.runs.back();
+            if (last && last->tokens < MR && last->token + last->tokens == t) last->tokens++;
+            else w.runs.push_back(Run{t, rows, 1});
+        }
+    }
+    return rows;
+}
+
 void run_mla(Call& c, Work& w, const Rows& q_nope, const Rows& q_pe, const Rows& c_kv, const Rows& k_pe) {
     const FullDesc& d = *c.d;
     append(c, c_kv, d.k, d.k_page_stride, c.k_step, 0, d.dv);
     if (d.rope) append(c, k_pe, d.k, d.k_page_stride, c.k_step, d.dv, d.rope);
-    const size_t heads = (size_t)c.tokens * d.q_heads;
+    const int64_t rows = divide(c, w);
+    attend_expanded(c, w, q_nope, q_pe);
+    if (rows == 0) return;
+    const size_t heads = (size_t)rows * d.q_heads;
     if (w.q.size() < heads * d.dk) w.q.resize(heads * d.dk);
     if (w.out.size() < heads * d.dv) w.out.resize(heads * d.dv);
     const Rows final = c.out;
     c.q = Rows{w.q.data(), (int64_t)d.q_heads * d.dk, F32};
     c.out = Rows{w.out.data(), (int64_t)d.q_heads * d.dv, F32};
-    project(c, q_nope, d.nope, d.nope, d.w_uk, d.uk_row, c.q, d.dk, d.dv);
-    for (int64_t t = 0; d.rope && t < c.tokens; t++)
-        for (int h = 0; h < d.q_heads; h++) copy_row(q_pe, t * q_pe.stride + (int64_t)h * d.rope, w.q.data(), F32, (t * d.q_heads + h) * d.dk + d.dv, d.rope);
+    c.rows = w.rows.data();
+    project(c, w.runs, true, q_nope, d.nope, d.nope, d.w_uk, d.uk_row, c.q, d.dk, d.dv);
+    for (const Run& run : w.runs)
+        for (int t = 0; d.rope && t < run.tokens; t++)
+            for (int h = 0; h < d.q_heads; h++)
+                copy_row(q_pe, (run.token + t) * q_pe.stride + (int64_t)h * d.rope, w.q.data(), F32, ((run.row + t) * d.q_heads + h) * d.dk + d.dv, d.rope);
     attend(c, w);
-    project(c, c.out, d.dv, d.dv, d.w_uv, d.uv_row, final, d.v_head_dim, d.v_head_dim);
+    project(c, w.runs, false, c.out, d.dv, d.dv, d.w_uv, d.uv_row, final, d.v_head_dim, d.v_head_dim);
 }
 
 }  // namespace
@@ -595,15 +836,18 @@ extern "C" {
 
 int64_t braid_full_desc_size() { return sizeof(FullDesc); }
 
-// One layer over one step. gqa: x0..x2 = q, k, v; mla: x0..x3 = q_nope, q_pe, c_kv, k_pe.
+// One layer over one step. gqa: x0..x2 = q, k, v; mla: x0..x3 = q_nope, q_pe, c_kv, k_pe. The plan
+// (chunk_starts, chunk_lengths [chunks, batch], paths [batch]; null and 0: none) concerns mla alone.
 int64_t braid_full(const FullDesc* d, const void* x0, int64_t s0, int32_t d0, const void* x1, int64_t s1, int32_t d1,
                    const void* x2, int64_t s2, int32_t d2, const void* x3, int64_t s3, int32_t d3, const int32_t* cu,
                    const int32_t* context, const int32_t* pages, int64_t batch, int64_t max_pages, int64_t tokens, void* out,
-                   int64_t out_stride, int32_t out_dtype) {
-    Call c{d, {x0, s0, d0}, {out, out_stride, out_dtype}, cu, context, pages, batch, tokens, max_pages,
+                   int64_t out_stride, int32_t out_dtype, const int32_t* chunk_starts, const int32_t* chunk_lengths, int64_t chunks,
+                   const uint8_t* paths) {
+    Call c{d, {chunk_starts, chunk_lengths, paths, chunks}, {x0, s0, d0}, {out, out_stride, out_dtype}, cu, context, pages, batch, tokens, max_pages,
            d->q_heads / d->kv_heads, round_up(d->dk, VL), round_up(d->dv, VL), (int64_t)d->kv_heads * d->dk,
-           d->mla ? (int64_t)d->dk : (int64_t)d->kv_heads * d->dv, nullptr};
-    const int64_t failed = check(c);
+           d->mla ? (int64_t)d->dk : (int64_t)d->kv_heads * d->dv, nullptr, nullptr};
+    int64_t failed = check(c);
+    if (!failed) failed = check_plan(c);
     if (failed || tokens == 0) return failed;
     static thread_local Work work;
     try {

@@ -225,7 +225,7 @@ template <class F> static inline void parallel(int64_t count, double work, F&& b
 float* scratch(size_t floats);
 
 // Return values of the C entry points: 0, or (code << 32) | index.
-enum Code : int64_t { OK = 0, SPANS = 1, STATE_IN = 2, STATE_OUT = 3, STATE_SHARED = 4, CONTEXT = 5, PAGE = 6, MEMORY = 7 };
+enum Code : int64_t { OK = 0, SPANS = 1, STATE_IN = 2, STATE_OUT = 3, STATE_SHARED = 4, CONTEXT = 5, PAGE = 6, MEMORY = 7, CHUNKS = 8 };
 static inline int64_t failure(Code code, int64_t index) { return ((int64_t)code << 32) | (index & 0xffffffff); }
 
 }  // namespace braid

@@ -15,9 +15,8 @@
 // edge, written version), so a state is bitwise the same however the sequence was cut into steps.
 #include <cmath>
 #include <new>
-#include <vector>
 
-#include "common.h"
+#include "spans.h"
 
 using namespace braid;
 
@@ -634,29 +633,6 @@ void run_task(const Call& c, int64_t index) {
     }
 }
 
-// Spans must tile the rows; written slots must be distinct and disjoint from those read.
-int64_t check(const Call& c) {
-    if (c.cu[0] != 0) return failure(SPANS, 0);
-    for (int64_t b = 0; b < c.batch; b++)
-        if (c.cu[b + 1] < c.cu[b]) return failure(SPANS, b + 1);
-    if (c.cu[c.batch] != c.tokens) return failure(SPANS, c.batch);
-    static thread_local std::vector<uint64_t> taken;
-    taken.assign((c.d->num_slots + 63) / 64, 0);
-    for (int64_t b = 0; b < c.batch; b++) {
-        const int64_t slot = c.state_in[b];
-        if (slot < -1 || slot >= c.d->num_slots) return failure(STATE_IN, b);
-        if (slot >= 0) taken[slot / 64] |= 1ull << slot % 64;
-    }
-    for (int64_t t = 0; t < c.tokens; t++) {
-        const int64_t slot = c.state_out[t];
-        if (slot == -1) continue;
-        if (slot < -1 || slot >= c.d->num_slots) return failure(STATE_OUT, t);
-        if (taken[slot / 64] >> slot % 64 & 1) return failure(STATE_SHARED, t);
-        taken[slot / 64] |= 1ull << slot % 64;
-    }
-    return OK;
-}
-
 }  // namespace
 
 extern "C" {
@@ -668,7 +644,7 @@ int64_t braid_linear(const LinearDesc* d, const void* x0, int64_t s0, int32_t d0
                      const void* x2, int64_t s2, int32_t d2, const int32_t* cu, int64_t batch, const int32_t* state_in,
                      const int32_t* state_out, int64_t tokens, void* out, int64_t out_stride, int32_t out_dtype) {
     Call c{d, {{x0, s0, d0}, {x1, s1, d1}, {x2, s2, d2}}, cu, state_in, state_out, batch, tokens, out, out_stride, out_dtype, 0, 0, 0, 0, 0};
-    const int64_t failed = check(c);
+    const int64_t failed = check_spans({cu, state_in, state_out, batch, tokens}, d->num_slots);
     if (failed) return failed;
     c.group = d->v_heads / d->k_heads;
     c.block = c.group < HEADS ? c.group : HEADS;

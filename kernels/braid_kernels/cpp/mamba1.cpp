@@ -35,6 +35,7 @@ namespace {
 constexpr int PANEL = 128;
 constexpr int TILE = 4;      // rows and outputs of one register tile of a product
 constexpr int OUTPUTS = 32;  // outputs per task of a product
+constexpr int GROUP = 8;     // vectors of channels per task of the other phases
 
 struct Call {
     const Mamba1Desc& d;
@@ -50,6 +51,7 @@ struct Call {
     float *mixed, *low;      // [PANEL, width]: dt | B | C; [PANEL, rank]: dt after its norm
     float* conv_carry;       // [blocks][K - 1, VL]: inputs before the panel, of the sequence that goes on
     float* state_carry;      // [blocks][N, VL]: its state; also the state of whichever sequence is under way
+    float* flat;             // [groups][N + 1, VL]: a state on its way to or from its slot
 };
 
 // One sequence's rows in a panel.
@@ -111,15 +113,25 @@ void rms_norm(const float* x, float* dst, int n, const float* weight, float eps)
     for (int i = 0; i < n; i++) dst[i] = weight ? x[i] * factor * weight[i] : x[i];
 }
 
-void convolve_panel(const Call& c, int start, const std::vector<Piece>& pieces, int rows) {
-    const Mamba1Desc& d = c.d;
-    const int blocks = c.inner / VL, past = d.conv.width - 1;
-    parallel(blocks, (double)rows * d.inner * (d.conv.width + 8), [&](int64_t block) {
-        const int column = (int)block * VL, lanes = d.inner - column < VL ? d.inner - column : VL;
-        float* carry = c.conv_carry + block * past * VL;
+// work(column, lanes, block) for every vector of channels; a task takes the sequences one after the other,
+// so that it finds their slots' neighbouring channels in the cache.
+template <class F> void for_channels(const Call& c, double cost, const std::vector<Piece>& pieces, F&& work) {
+    const int blocks = c.inner / VL, groups = (blocks + GROUP - 1) / GROUP;
+    parallel(groups, cost * c.d.inner, [&](int64_t group) {
         for (const Piece& p : pieces)
-            convolve_lanes(d.conv, c.s, p.b, p.begin, p.end, p.first, c.x, c.x_stride, c.x_dtype, column, lanes, carry,
-                           [&](int t, vf y) { store(c.u + (int64_t)(t - start) * c.inner + column, vsilu(y)); });
+            for (int block = (int)group * GROUP; block < blocks && block < (group + 1) * GROUP; block++) {
+                const int column = block * VL, lanes = c.d.inner - column < VL ? c.d.inner - column : VL;
+                work(p, column, lanes, block);
+            }
+    });
+}
+
+void convolve_panel(const Call& c, int start, const std::vector<Piece>& pieces, int rows) {
+    const Conv& conv = c.d.conv;
+    for_channels(c, (double)rows * (conv.width + 8), pieces, [&](const Piece& p, int column, int lanes, int block) {
+        float* carry = c.conv_carry + (int64_t)block * (conv.width - 1) * VL;
+        convolve_lanes(conv, c.s, p.b, p.begin, p.end, p.first, c.x, c.x_stride, c.x_dtype, column, lanes, carry,
+                       [&](int t, vf y) { store(c.u + (int64_t)(t - start) * c.inner + column, vsilu(y)); });
     });
 }
 
@@ -138,12 +150,11 @@ void project_panel(const Call& c, int rows) {
 }
 
 // One vector of channels through the rows of one sequence; h [N, VL].
-void scan_piece(const Call& c, int start, const Piece& p, int column, int lanes, float* h) {
+void scan_piece(const Call& c, int start, const Piece& p, int column, int lanes, float* h, float* flat) {
     const Mamba1Desc& d = c.d;
     const int64_t slot = c.s.state_in[p.b], at = (int64_t)column * d.state;
-    if (p.first)
-        for (int n = 0; n < d.state; n++)
-            store(h + n * VL, slot < 0 ? vf{} : gather(d.state_pool, d.state_dtype, slot * d.state_stride + at + n, d.state, lanes));
+    if (p.first && slot >= 0) load_lanes_of(d.state_pool, d.state_dtype, slot * d.state_stride + at, d.state, lanes, flat, h);
+    else if (p.first) std::memset(h, 0, sizeof(float) * d.state * VL);
     const vf bias = load(d.dt_bias + column), skip = load(d.skip + column);
     for (int t = p.begin; t < p.end; t++) {
         const int64_t row = t - start;
@@ -158,21 +169,16 @@ void scan_piece(const Call& c, int start, const Piece& p, int column, int lanes,
             store(h + n * VL, s);
             y = fmadd(splat(C[n]), s, y);
         }
-        const int64_t to = t * c.out_stride + column;
-        if (c.out_dtype == F32) store_part((float*)c.out + to, y, lanes);
-        else store_part((bf16*)c.out + to, y, lanes);
+        store_row(c.out, c.out_dtype, t * c.out_stride + column, y, lanes);
         const int64_t out = c.s.state_out[t];
-        if (out < 0) continue;
-        for (int n = 0; n < d.state; n++)
-            scatter(load(h + n * VL), d.state_pool, d.state_dtype, out * d.state_stride + at + n, d.state, lanes);
+        if (out >= 0) store_lanes_of(h, d.state, lanes, flat, d.state_pool, d.state_dtype, out * d.state_stride + at);
     }
 }
 
 void scan_panel(const Call& c, int start, const std::vector<Piece>& pieces, int rows) {
-    const Mamba1Desc& d = c.d;
-    parallel(c.inner / VL, (double)rows * d.inner * d.state * 8, [&](int64_t block) {
-        const int column = (int)block * VL, lanes = d.inner - column < VL ? d.inner - column : VL;
-        for (const Piece& p : pieces) scan_piece(c, start, p, column, lanes, c.state_carry + block * d.state * VL);
+    const int64_t state = (int64_t)c.d.state * VL;
+    for_channels(c, (double)rows * c.d.state * 8, pieces, [&](const Piece& p, int column, int lanes, int block) {
+        scan_piece(c, start, p, column, lanes, c.state_carry + block * state, c.flat + block / GROUP * (state + VL));
     });
 }
 
@@ -189,12 +195,14 @@ std::vector<Piece> pieces_of(const Spans& s, int start, int end, int& b) {
 void run(Call& c) {
     const Mamba1Desc& d = c.d;
     const int rows = c.s.tokens < PANEL ? (int)c.s.tokens : PANEL, past = d.conv.width - 1;
-    const size_t I = c.inner, sizes[] = {rows * I, rows * I, (size_t)rows * c.width, (size_t)rows * c.rank, past * I, d.state * I};
-    float** fields[] = {&c.u, &c.dt, &c.mixed, &c.low, &c.conv_carry, &c.state_carry};
+    const size_t I = c.inner, groups = (I / VL + GROUP - 1) / GROUP;
+    const size_t sizes[] = {rows * I, rows * I, (size_t)rows * c.width, (size_t)rows * c.rank, past * I, d.state * I,
+                            groups * (d.state + 1) * VL};
+    float** fields[] = {&c.u, &c.dt, &c.mixed, &c.low, &c.conv_carry, &c.state_carry, &c.flat};
     size_t total = 0;
     for (size_t n : sizes) total += n;
     float* at = scratch(total);  // of the calling thread; no task asks for scratch of its own
-    for (int i = 0; i < 6; i++) {
+    for (int i = 0; i < 7; i++) {
         *fields[i] = at;
         at += sizes[i];
     }
@@ -222,7 +230,7 @@ int64_t braid_mamba1(const Mamba1Desc* d, const void* x, int64_t x_stride, int32
     if (failed) return failed;
     try {
         Call c{*d, s, x, x_stride, x_dtype, out, out_stride, out_dtype, round_up(d->inner, VL), round_up(d->rank, VL),
-               round_up(d->rank + 2 * d->state, VL), nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+               round_up(d->rank + 2 * d->state, VL), nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
         run(c);
     } catch (const std::bad_alloc&) {
         return failure(MEMORY, 0);

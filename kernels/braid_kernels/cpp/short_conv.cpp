@@ -1,9 +1,11 @@
 // A depthwise causal convolution with state and nothing else (see reference/conv.py).
 //
-// A task is one sequence times one vector of channels; it owns the slots' channels that it touches.
+// A task is one sequence times one group of channels; it owns the slots' channels that it touches.
 #include "spans.h"
 
 using namespace braid;
+
+static constexpr int GROUP = 128;  // channels
 
 extern "C" {
 
@@ -15,15 +17,14 @@ int64_t braid_short_conv(const Conv* c, int64_t num_slots, const void* x, int64_
     const Spans s{cu, state_in, state_out, batch, tokens};
     const int64_t failed = check_spans(s, num_slots);
     if (failed) return failed;
-    const int blocks = round_up(c->channels, VL) / VL;
-    parallel(batch * blocks, (double)tokens * c->channels * c->width, [&](int64_t i) {
-        const int b = (int)(i / blocks), column = (int)(i % blocks) * VL;
-        const int lanes = c->channels - column < VL ? c->channels - column : VL;
-        convolve_lanes(*c, s, b, cu[b], cu[b + 1], true, x, x_stride, x_dtype, column, lanes, nullptr, [&](int t, vf y) {
-            const int64_t at = t * out_stride + column;
-            if (out_dtype == F32) store_part((float*)out + at, y, lanes);
-            else store_part((bf16*)out + at, y, lanes);
-        });
+    const int groups = round_up(c->channels, GROUP) / GROUP;
+    parallel(batch * groups, (double)tokens * c->channels * c->width, [&](int64_t i) {
+        const int b = (int)(i / groups), begin = (int)(i % groups) * GROUP;
+        for (int column = begin; column < begin + GROUP && column < c->channels; column += VL) {
+            const int lanes = c->channels - column < VL ? c->channels - column : VL;
+            convolve_lanes(*c, s, b, cu[b], cu[b + 1], true, x, x_stride, x_dtype, column, lanes, nullptr,
+                           [&](int t, vf y) { store_row(out, out_dtype, t * out_stride + column, y, lanes); });
+        }
     });
     return OK;
 }

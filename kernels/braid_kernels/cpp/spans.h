@@ -1,5 +1,5 @@
-// What the kernels with a convolution of their own share: the checks of spans and slots, and a depthwise
-// causal convolution over one sequence, one vector of channels at a time.
+// What the linear kernels share: the checks of spans and slots, and a depthwise causal convolution over one
+// sequence, one vector of channels at a time (linear.cpp has its own, cut by heads).
 #pragma once
 
 #include <vector>
@@ -19,7 +19,8 @@ static inline int64_t check_spans(const Spans& s, int64_t num_slots) {
     for (int64_t b = 0; b < s.batch; b++)
         if (s.cu[b + 1] < s.cu[b]) return failure(SPANS, b + 1);
     if (s.cu[s.batch] != s.tokens) return failure(SPANS, s.batch);
-    std::vector<uint64_t> taken((num_slots + 63) / 64, 0);
+    static thread_local std::vector<uint64_t> taken;
+    taken.assign((num_slots + 63) / 64, 0);
     for (int64_t b = 0; b < s.batch; b++) {
         const int64_t slot = s.state_in[b];
         if (slot < -1 || slot >= num_slots) return failure(STATE_IN, b);
@@ -47,19 +48,19 @@ struct Conv {
 
 constexpr int MAX_CONV_WIDTH = 16;
 
-// n values that lie `step` apart in a pool, as lanes; and back.
-static inline vf gather(const void* base, int32_t dtype, int64_t at, int64_t step, int n) {
-    float lanes[VL] = {};
-    for (int i = 0; i < n; i++) lanes[i] = element(base, dtype, at + i * step);
-    return load(lanes);
-}
-static inline void scatter(vf x, void* base, int32_t dtype, int64_t at, int64_t step, int n) {
-    float lanes[VL];
-    store(lanes, x);
-    for (int i = 0; i < n; i++) {
-        if (dtype == F32) from_float(lanes[i], (float*)base + at + i * step);
-        else from_float(lanes[i], (bf16*)base + at + i * step);
+// A pool keeps each channel's `count` values together; the kernels want the channels in the lanes. `lanes`
+// channels from element `at` on <-> rows [count, VL], by way of `flat` [count * VL + VL].
+static inline void load_lanes_of(const void* pool, int32_t dtype, int64_t at, int count, int lanes, float* flat, float* rows) {
+    widen_row(pool, dtype, at, flat, lanes * count);
+    for (int j = 0; j < count; j++) {
+        for (int i = 0; i < lanes; i++) rows[j * VL + i] = flat[i * count + j];
+        for (int i = lanes; i < VL; i++) rows[j * VL + i] = 0.0f;
     }
+}
+static inline void store_lanes_of(const float* rows, int count, int lanes, float* flat, void* pool, int32_t dtype, int64_t at) {
+    for (int i = 0; i < lanes; i++)
+        for (int j = 0; j < count; j++) flat[i * count + j] = rows[j * VL + i];
+    narrow_row(flat, pool, dtype, at, lanes * count);
 }
 
 // Rows [begin, end) of sequence b, channels [column, column + lanes): emit(t, bias + sum_j weight[j] x[t + j - past]).
@@ -69,28 +70,39 @@ template <class F>
 void convolve_lanes(const Conv& c, const Spans& s, int b, int begin, int end, bool first, const void* x, int64_t x_stride,
                     int32_t x_dtype, int column, int lanes, float* carry, F&& emit) {
     const int past = c.width - 1;
-    const int64_t column_at = (int64_t)column * past;
+    const int64_t at = (int64_t)column * past, slot = s.state_in[b];
+    float rows[MAX_CONV_WIDTH * VL] = {}, flat[MAX_CONV_WIDTH * VL];
+    if (!first) std::memcpy(rows, carry, sizeof(float) * past * VL);
+    else if (slot >= 0) load_lanes_of(c.pool, c.pool_dtype, slot * c.pool_stride + at, past, lanes, flat, rows);
     vf window[MAX_CONV_WIDTH];
-    const int64_t slot = s.state_in[b];
-    for (int j = 0; j < past; j++) {
-        if (!first) window[j] = load(carry + j * VL);
-        else window[j] = slot < 0 ? vf{} : gather(c.pool, c.pool_dtype, slot * c.pool_stride + column_at + j, past, lanes);
-    }
+    for (int j = 0; j < past; j++) window[j] = load(rows + j * VL);
     const vf bias = c.bias ? load(c.bias + column) : vf{};
     for (int t = begin; t < end; t++) {
-        const int64_t at = t * x_stride + column;
-        if (lanes == VL) window[past] = x_dtype == F32 ? load_as((const float*)x + at) : load_as((const bf16*)x + at);
-        else window[past] = x_dtype == F32 ? load_part((const float*)x + at, lanes) : load_part((const bf16*)x + at, lanes);
+        const int64_t from = t * x_stride + column;
+        if (lanes == VL) window[past] = x_dtype == F32 ? load_as((const float*)x + from) : load_as((const bf16*)x + from);
+        else window[past] = x_dtype == F32 ? load_part((const float*)x + from, lanes) : load_part((const bf16*)x + from, lanes);
         vf sum = bias;
         for (int j = 0; j < c.width; j++) sum = fmadd(load(c.weight + (int64_t)j * c.channels + column), window[j], sum);
         emit(t, sum);
         for (int j = 0; j < past; j++) window[j] = window[j + 1];
         const int64_t out = s.state_out[t];
-        if (out >= 0)
-            for (int j = 0; j < past; j++) scatter(window[j], c.pool, c.pool_dtype, out * c.pool_stride + column_at + j, past, lanes);
+        if (out < 0) continue;
+        for (int j = 0; j < past; j++) store(rows + j * VL, window[j]);
+        store_lanes_of(rows, past, lanes, flat, c.pool, c.pool_dtype, out * c.pool_stride + at);
     }
     if (carry)
         for (int j = 0; j < past; j++) store(carry + j * VL, window[j]);
+}
+
+// y's first `lanes` lanes.
+static inline void store_row(void* out, int32_t dtype, int64_t at, vf y, int lanes) {
+    if (lanes == VL) {
+        if (dtype == F32) store_as((float*)out + at, y);
+        else store_as((bf16*)out + at, y);
+    } else {
+        if (dtype == F32) store_part((float*)out + at, y, lanes);
+        else store_part((bf16*)out + at, y, lanes);
+    }
 }
 
 }  // namespace braid

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,17 +16,58 @@ from braid_kernels.backend import (
     FullLayer,
     FullPlan,
     Planning,
+    PrefixChunk,
     Ragged,
-    check_plan,
-    summarise_plan,
 )
 from braid_kernels.checks import check_inputs, check_rows
-from braid_kernels.errors import LayerError
-from braid_kernels.geometry import Gqa, Mla, signature
+from braid_kernels.errors import LayerError, OptionError, PlanError
+from braid_kernels.geometry import FullGeometry, Gqa, Mla, signature
 from braid_kernels.metadata import PagedMeta
-from braid_kernels.native.library import DTYPE_CODES, check_descriptor, dtype_code, failure, library
+from braid_kernels.native.library import (
+    DTYPE_CODES,
+    check_descriptor,
+    dtype_code,
+    failure,
+    library,
+    num_threads,
+)
+from braid_kernels.planning import (
+    PREFIX_CHUNK_TOKENS,
+    check_plan,
+    expanded_width,
+    extends,
+    longest_chunk,
+    number_option,
+    plan_chunks,
+    summarise_plan,
+)
 
 MAX_LANES = 16
+
+MLA_PREFILL = "mla_prefill"
+"""Option: how mla prompts attend. "cheaper" (the default): as costs fewer multiplications, span by span."""
+
+PATHS = {"cheaper": 0, "expand": 1, "absorb": 2}  # enum Path in cpp/attention.cpp
+
+
+@dataclass(frozen=True, eq=False)
+class CppPlan:
+    """What the library reads of a plan; all contiguous."""
+
+    starts: Tensor  # int32 [chunks, B]
+    lengths: Tensor  # int32 [chunks, B]
+    paths: Tensor  # uint8 [B]
+
+    @staticmethod
+    def of(meta: PagedMeta, chunks: tuple[PrefixChunk, ...], prefill: str) -> CppPlan:
+        """Prompts attend as `prefill` says, everything else absorbed."""
+        shape = (len(chunks), meta.num_sequences)
+        paths = [PATHS[prefill] if extend else PATHS["absorb"] for extend in extends(meta)]
+        return CppPlan(
+            torch.tensor([chunk.starts for chunk in chunks], dtype=torch.int32).view(shape),
+            torch.tensor([chunk.lengths for chunk in chunks], dtype=torch.int32).view(shape),
+            torch.tensor(paths, dtype=torch.uint8),
+        )
 
 
 class FullDesc(ctypes.Structure):
@@ -110,6 +152,7 @@ class CppFullKernel(FullKernel):
         if len(self._names) == 3:
             args += (None, 0, 0)
         table = meta.page_table
+        planned = _arguments(plan, meta)
         status = self._run(
             self._desc_address,
             *args,
@@ -122,6 +165,7 @@ class CppFullKernel(FullKernel):
             out.data_ptr(),
             out.stride(0),
             dtype_code("out", out),
+            *planned,
         )
         if status:
             raise failure(
@@ -130,17 +174,31 @@ class CppFullKernel(FullKernel):
             )
 
 
+def _arguments(plan: FullPlan | None, meta: PagedMeta) -> tuple[int | None, int | None, int, int | None]:
+    """The plan as the library takes it. Raises PlanError for one that is not of this backend and batch."""
+    if plan is None or plan.payload is None:
+        return None, None, 0, None
+    payload = plan.payload
+    if not isinstance(payload, CppPlan):
+        raise PlanError("plan.payload", type(payload).__name__, "was made by another backend")
+    if payload.paths.shape[0] != meta.num_sequences:
+        raise PlanError("plan", payload.paths.shape[0], f"is not for {meta.num_sequences} sequences")
+    chunks = payload.starts.shape[0]
+    return payload.starts.data_ptr(), payload.lengths.data_ptr(), chunks, payload.paths.data_ptr()
+
+
 class CppFullBackend(FullBackend):
     """Paged gqa and mla, fp32 and bf16. Raises BuildError where the library cannot be built.
 
-    Planning is optional: the kernel cuts its own work; a plan that is given must be this batch's.
+    Planning is optional: the kernel cuts its own work; a plan that is given must be this batch's, and is
+    followed. Options: prefix_chunk_tokens, mla_prefill ("cheaper", "expand" or "absorb").
     """
 
     name = "cpp"
     capabilities = Capabilities(
         planning=Planning.OPTIONAL,
         chunked_prefix=True,
-        ragged=Ragged.FORCED_OFF,
+        ragged=Ragged.SUPPORTED,
         graphs=False,
         mechanisms=frozenset({"gqa", "mla"}),
         dtypes=frozenset(DTYPE_CODES),
@@ -150,7 +208,25 @@ class CppFullBackend(FullBackend):
         library()
 
     def layer(self, layer: FullLayer) -> FullKernel:
+        self.capabilities.check(layer.geometry.mechanism)
         return CppFullKernel(layer)
 
-    def plan(self, meta: PagedMeta, page_size: int, options: Mapping[str, str]) -> FullPlan:
-        return summarise_plan(meta, page_size, options)
+    def plan(
+        self,
+        meta: PagedMeta,
+        page_size: int,
+        options: Mapping[str, str],
+        layers: Collection[FullGeometry],
+    ) -> FullPlan:
+        plan = summarise_plan(meta, page_size, options, {PREFIX_CHUNK_TOKENS, MLA_PREFILL})
+        budget = number_option(options, PREFIX_CHUNK_TOKENS)
+        prefill = options.get(MLA_PREFILL, "cheaper")
+        if prefill not in PATHS:
+            raise OptionError(f"options[{MLA_PREFILL}]", prefill, f"must be one of {sorted(PATHS)}")
+        plan = plan_chunks(plan, meta, page_size, budget, layers)
+        if plan.payload is None and MLA_PREFILL not in options:
+            return plan
+        # Each thread expands one chunk of one head of one sequence at a time.
+        size = num_threads() * longest_chunk(plan.prefix_chunks) * expanded_width(layers) * 4
+        payload = CppPlan.of(meta, plan.prefix_chunks, prefill)
+        return replace(plan, workspace_bytes=size, payload=payload)

@@ -10,7 +10,7 @@ import sys
 import torch
 
 from braid_kernels.build import build
-from braid_kernels.errors import BuildError, FieldError, InputError, KernelError, MetadataError
+from braid_kernels.errors import BuildError, FieldError, InputError, KernelError, MetadataError, PlanError
 
 _VOID, _I32, _I64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 _INPUT = (_VOID, _I64, _I32)
@@ -37,7 +37,8 @@ def library() -> ctypes.CDLL:
     lib.braid_linear.restype = _I64
     lib.braid_linear.argtypes = [_VOID, *_INPUT * 3, _VOID, _I64, _VOID, _VOID, _I64, *_INPUT]
     lib.braid_full.restype = _I64
-    lib.braid_full.argtypes = [_VOID, *_INPUT * 4, _VOID, _VOID, _VOID, _I64, _I64, _I64, *_INPUT]
+    plan = (_VOID, _VOID, _I64, _VOID)  # chunk_starts, chunk_lengths, chunks, paths
+    lib.braid_full.argtypes = [_VOID, *_INPUT * 4, _VOID, _VOID, _VOID, _I64, _I64, _I64, *_INPUT, *plan]
     metadata = (_VOID, _I64, _VOID, _VOID, _I64)  # cu_seqlens, batch, state_in, state_out, tokens
     lib.braid_mamba1.restype = lib.braid_short_conv.restype = _I64
     lib.braid_mamba1.argtypes = [_VOID, *_INPUT, *metadata, *_INPUT]
@@ -103,6 +104,8 @@ def failure(status: int, values: dict[str, torch.Tensor]) -> KernelError:
             name, rule = "context_lens", "must be >= 0 and, with the new tokens, fit the page table"
         case 6:
             name, rule = "page_table", "must be an existing page"
+        case 8:
+            return PlanError("plan.prefix_chunks", index, "does not cover the prefix of this sequence")
         case _:
             return BuildError("the kernel ran out of memory for its workspace")
     flat = values[name].reshape(-1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from braid_kernels.backend import (
@@ -17,17 +16,15 @@ from braid_kernels.backend import (
     Ragged,
 )
 from braid_kernels.checks import check_inputs, check_rows
-from braid_kernels.errors import LayerError
 from braid_kernels.geometry import GatedDelta, KimiDelta, Lightning, Mamba1, Mamba2, ShortConv, signature
 from braid_kernels.metadata import LinearMeta
-from braid_kernels.native.library import DTYPE_CODES, check_descriptor, dtype_code, failure, library
+from braid_kernels.native.library import DTYPE_CODES, check_descriptor, failure, library
 from braid_kernels.native.mamba1 import CppMamba1Kernel, CppShortConvKernel
+from braid_kernels.native.tensors import Kept, on_cpu, rows_of
 
 # enum Decay and enum Beta in cpp/linear.cpp
 CONSTANT, SOFTPLUS_HEAD, SOFTPLUS_CHANNEL, BOUNDED_CHANNEL, TIME_STEP = range(5)
 ONE, SIGMOID, STEP = range(3)
-
-MAX_LANES = 16
 
 
 class LinearDesc(ctypes.Structure):
@@ -93,7 +90,7 @@ class CppLinearKernel(LinearKernel):
         self._inputs = dict(sig.inputs)
         self._names = tuple(sig.inputs)
         self._output = sig.output
-        self._keep: list[Tensor] = []
+        self._kept = Kept()
         self._desc = self._describe(layer)
         self._desc_address = ctypes.addressof(self._desc)
 
@@ -108,36 +105,26 @@ class CppLinearKernel(LinearKernel):
                 _describe_lightning(d, g)
             case Mamba2() as g:
                 _describe_mamba2(d, g)
-        params = layer.params
-        d.rate = self._floats(params["log_decay"] if "log_decay" in params else params["A_log"], exp=True)
-        d.dt_bias = self._floats(params.get("dt_bias"))
-        d.skip = self._floats(params.get("D"))
+        params, kept = layer.params, self._kept
+        d.rate = kept.floats(params["log_decay"] if "log_decay" in params else params["A_log"], exp=True)
+        d.dt_bias = kept.floats(params.get("dt_bias"))
+        d.skip = kept.floats(params.get("D"))
         self._pools(d, layer)
         return d
 
     def _pools(self, d: LinearDesc, layer: LinearLayer) -> None:
         pool, conv = layer.state, layer.conv_pool
-        _on_cpu("state_pool", pool)
+        on_cpu("state_pool", pool)
         d.num_slots, d.state_stride = pool.shape[0], pool.stride(0)
         d.state, d.state_dtype = pool.data_ptr(), DTYPE_CODES[pool.dtype]
         if conv is None:
             return
-        _on_cpu("conv_pool", conv)
+        on_cpu("conv_pool", conv)
         weight = layer.params["conv_weight"]  # [C, K]
         d.channels, d.conv_width = weight.shape
         d.conv, d.conv_dtype, d.conv_stride = conv.data_ptr(), DTYPE_CODES[conv.dtype], conv.stride(0)
-        d.conv_weight = self._floats(weight.T)  # [K, C]: channels in the lanes
-        d.conv_bias = self._floats(layer.params.get("conv_bias"))
-
-    def _floats(self, tensor: Tensor | None, exp: bool = False) -> int | None:
-        """Address of a contiguous fp32 copy, one vector longer than the tensor; None for None."""
-        if tensor is None:
-            return None
-        flat = tensor.detach().to("cpu", torch.float64).reshape(-1)
-        copy = torch.zeros(flat.shape[0] + MAX_LANES, dtype=torch.float32)
-        copy[: flat.shape[0]] = flat.exp() if exp else flat
-        self._keep.append(copy)
-        return copy.data_ptr()
+        d.conv_weight = self._kept.floats(weight.T)  # [K, C]: channels in the lanes
+        d.conv_bias = self._kept.floats(layer.params.get("conv_bias"))
 
     def __call__(self, inputs: Mapping[str, Tensor], meta: LinearMeta, out: Tensor) -> None:
         rows = meta.num_tokens
@@ -145,8 +132,7 @@ class CppLinearKernel(LinearKernel):
         check_rows("out", out, rows, self._output)
         args: list[int | None] = []
         for name in self._names:
-            tensor = inputs[name]
-            args += (tensor.data_ptr(), tensor.stride(0), dtype_code(name, tensor))
+            args += rows_of(name, inputs[name])
         if len(self._names) == 2:
             args += (None, 0, 0)
         status = self._run(
@@ -157,20 +143,13 @@ class CppLinearKernel(LinearKernel):
             meta.state_in.data_ptr(),
             meta.state_out.data_ptr(),
             rows,
-            out.data_ptr(),
-            out.stride(0),
-            dtype_code("out", out),
+            *rows_of("out", out),
         )
         if status:
             raise failure(
                 status,
                 {"cu_seqlens": meta.cu_seqlens, "state_in": meta.state_in, "state_out": meta.state_out},
             )
-
-
-def _on_cpu(name: str, tensor: Tensor) -> None:
-    if tensor.device.type != "cpu":
-        raise LayerError(name, tensor.device, "must be on the CPU")
 
 
 class CppLinearBackend(LinearBackend):

@@ -20,7 +20,7 @@ def append_kv(
             cache[page_table[b][page], offset] = rows[t].to(cache.dtype)
 
 
-def _gather(cache: Tensor, pages: list[int], begin: int, end: int) -> Tensor:
+def gather(cache: Tensor, pages: list[int], begin: int, end: int) -> Tensor:
     """Positions begin..end-1 of one sequence, float64 [end - begin, ...]."""
     page_size = cache.shape[1]
     positions = range(begin, end)
@@ -54,8 +54,8 @@ def paged_attention(
         if begin == end:
             continue
         base = first_key(context, sliding_window)  # of the span's first row: later rows see no older key
-        k = _gather(k_cache, page_table[b], base, context + end - begin).repeat_interleave(group, dim=1)
-        v = _gather(v_cache, page_table[b], base, context + end - begin).repeat_interleave(group, dim=1)
+        k = gather(k_cache, page_table[b], base, context + end - begin).repeat_interleave(group, dim=1)
+        v = gather(v_cache, page_table[b], base, context + end - begin).repeat_interleave(group, dim=1)
         for t in range(begin, end):
             position = context + t - begin
             seen = slice(first_key(position, sliding_window) - base, position + 1 - base)
@@ -89,3 +89,47 @@ def mla_rows(q_nope: Tensor, q_pe: Tensor, w_uk: Tensor, c_kv: Tensor, k_pe: Ten
     """
     latent_q = torch.einsum("thd,hdr->thr", q_nope.double(), w_uk.double())
     return torch.cat([latent_q, q_pe.double()], dim=-1), torch.cat([c_kv.double(), k_pe.double()], dim=-1)
+
+
+def expand_latent(latent: Tensor, w_uk: Tensor, w_uv: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys [n, H, dn + dr] and values [n, H, dv] of latent rows [n, r + dr].
+
+    w_uk [H, dn, r], w_uv [H, r, dv]; dtype of `latent`. k = (W_uk c, k_pe), v = W_uv c, with one k_pe for
+    all heads. Source: arXiv 2405.04434, 2.1.
+    """
+    rank = w_uk.shape[2]
+    c_kv, k_pe = latent[:, :rank], latent[:, rank:]
+    k = torch.einsum("nr,hdr->nhd", c_kv, w_uk.to(latent.dtype))
+    v = torch.einsum("nr,hrv->nhv", c_kv, w_uv.to(latent.dtype))
+    return torch.cat([k, k_pe[:, None].expand(-1, k.shape[1], -1)], dim=-1), v
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """Attention of rows q [L, H, D] over k [n, H, D], v [n, H, Dv]: out [L, H, Dv], lse [L, H].
+
+    causal: row i sees keys 0..i, else all of them. lse is the natural logarithm of the sum of
+    exp(scale q·k); where a row sees no key (n = 0) it is -inf, and out is 0.
+    """
+    out, lse = q.new_zeros(*q.shape[:2], v.shape[2]), q.new_full(q.shape[:2], float("-inf"))
+    for i in range(q.shape[0]):
+        seen = slice(0, i + 1 if causal else k.shape[0])
+        out[i], lse[i] = softmax_rows(scale * torch.einsum("hd,nhd->hn", q[i], k[seen]), v[seen])
+    return out, lse
+
+
+def merge_lse(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """One attention over two disjoint sets of keys: out [T, H, Dv] and natural-log lse [T, H] of each.
+
+    lse = log(e^lse_a + e^lse_b), out = out_a e^(lse_a - lse) + out_b e^(lse_b - lse). A part whose lse
+    is -inf saw no key and counts for nothing, whatever its out holds; both so: out 0, lse -inf.
+    Source: arXiv 2501.01005, 2.2 (there too with the natural logarithm).
+    """
+    top = torch.maximum(lse_a, lse_b)
+    base = torch.where(top == float("-inf"), 0.0, top)
+    a, b = torch.exp(lse_a - base), torch.exp(lse_b - base)
+    total = a + b
+    share = torch.where(total > 0, total, 1.0)
+    out = torch.zeros_like(out_a)
+    for part, weight in ((out_a, a), (out_b, b)):
+        out += torch.where(weight[..., None] != 0, part * (weight / share)[..., None], 0.0)
+    return out, base + torch.log(total)

@@ -5,7 +5,8 @@ Computes in float64 and casts on the way out. Stands in where there is no compil
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,13 +21,13 @@ from braid_kernels.backend import (
     LinearKernel,
     LinearLayer,
     Planning,
+    PrefixChunk,
     Ragged,
-    check_plan,
-    summarise_plan,
 )
 from braid_kernels.checks import check_inputs, check_rows
 from braid_kernels.errors import MetadataError
 from braid_kernels.geometry import (
+    FullGeometry,
     GatedDelta,
     Gqa,
     KimiDelta,
@@ -38,7 +39,26 @@ from braid_kernels.geometry import (
     signature,
 )
 from braid_kernels.metadata import NO_SLOT, LinearMeta, PagedMeta
-from braid_kernels.reference.attention import append_kv, mla_rows, paged_attention
+from braid_kernels.planning import (
+    PREFIX_CHUNK_TOKENS,
+    check_chunks,
+    check_plan,
+    expanded_width,
+    extends,
+    longest_chunk,
+    number_option,
+    plan_chunks,
+    summarise_plan,
+)
+from braid_kernels.reference.attention import (
+    append_kv,
+    attend,
+    expand_latent,
+    gather,
+    merge_lse,
+    mla_rows,
+    paged_attention,
+)
 from braid_kernels.reference.conv import causal_conv, silu
 from braid_kernels.reference.gates import (
     bounded_log_decay,
@@ -208,8 +228,12 @@ class ReferenceLinearKernel(LinearKernel):
         return selective_scan(u, dt, p["A_log"], B, C, p["D"], *spans, self._layer.state)
 
 
+_Spans = tuple[list[int], list[int], list[list[int]]]
+"""cu_seqlens, context_lens, page_table."""
+
+
 class ReferenceFullKernel(FullKernel):
-    """One full layer, naively."""
+    """One full layer, naively: absorbed and in one go, unless a plan has mla attend in chunks."""
 
     def __init__(self, layer: FullLayer) -> None:
         self._layer = layer
@@ -218,7 +242,7 @@ class ReferenceFullKernel(FullKernel):
     def __call__(
         self, inputs: Mapping[str, Tensor], meta: PagedMeta, plan: FullPlan | None, out: Tensor
     ) -> None:
-        check_plan(plan, meta, Planning.NONE)
+        check_plan(plan, meta, Planning.OPTIONAL)
         check_inputs(inputs, meta.num_tokens, self._signature.inputs)
         check_rows("out", out, meta.num_tokens, self._signature.output)
         cu = meta.cu_seqlens.tolist()
@@ -227,30 +251,55 @@ class ReferenceFullKernel(FullKernel):
         window = geometry.sliding_window if isinstance(geometry, Gqa) else 0
         check_pages(meta, cu, self._layer.page_size, self._layer.num_pages, window)
         spans = (cu, meta.context_lens.tolist(), meta.page_table.tolist())
+        chunks = None if plan is None or plan.payload is None else plan.prefix_chunks
+        if chunks is not None:
+            check_chunks(chunks, meta)
         match geometry:
             case Gqa():
                 result = self._gqa(geometry, inputs, spans)
             case Mla():
                 result = self._mla(geometry, inputs, spans)
+                if chunks is not None:
+                    self._expanded(geometry, inputs, spans, extends(meta), chunks, result)
         out.copy_(result)
 
-    def _gqa(
-        self, g: Gqa, x: Mapping[str, Tensor], spans: tuple[list[int], list[int], list[list[int]]]
-    ) -> Tensor:
+    def _gqa(self, g: Gqa, x: Mapping[str, Tensor], spans: _Spans) -> Tensor:
         caches = self._layer.caches
         append_kv(x["k"], caches["k"], *spans)
         append_kv(x["v"], caches["v"], *spans)
         return paged_attention(x["q"], caches["k"], caches["v"], *spans, g.scale, g.sliding_window)[0]
 
-    def _mla(
-        self, g: Mla, x: Mapping[str, Tensor], spans: tuple[list[int], list[int], list[list[int]]]
-    ) -> Tensor:
+    def _mla(self, g: Mla, x: Mapping[str, Tensor], spans: _Spans) -> Tensor:
         p, cache = self._layer.params, self._layer.caches["latent"]
         q, rows = mla_rows(x["q_nope"], x["q_pe"], p["w_uk"], x["c_kv"], x["k_pe"])
         append_kv(rows, cache, *spans)
         keys = cache[:, :, None, :]  # one latent "head" serves every query head
         latent, _ = paged_attention(q, keys, keys[..., : g.kv_lora_rank], *spans, g.scale)
         return torch.einsum("thr,hrv->thv", latent, p["w_uv"].double())
+
+    def _expanded(
+        self,
+        g: Mla,
+        x: Mapping[str, Tensor],
+        spans: _Spans,
+        extend: list[bool],
+        chunks: tuple[PrefixChunk, ...],
+        result: Tensor,
+    ) -> None:
+        """The rows of spans that continue a prompt, as planned; the latents are in their pages already."""
+        p, cache = self._layer.params, self._layer.caches["latent"]
+        q = torch.cat([x["q_nope"], x["q_pe"]], dim=-1).double()  # [T, H, dn + dr]
+        for b, context in enumerate(spans[1]):
+            begin, end, pages = spans[0][b], spans[0][b + 1], spans[2][b]
+            if begin == end or not extend[b]:
+                continue
+            new = gather(cache, pages, context, context + end - begin)
+            out, lse = attend(q[begin:end], *expand_latent(new, p["w_uk"], p["w_uv"]), g.scale, causal=True)
+            for chunk in chunks:
+                first, length = chunk.starts[b], chunk.lengths[b]
+                k, v = expand_latent(gather(cache, pages, first, first + length), p["w_uk"], p["w_uv"])
+                out, lse = merge_lse(out, lse, *attend(q[begin:end], k, v, g.scale, causal=False))
+            result[begin:end] = out
 
 
 class ReferenceLinearBackend(LinearBackend):
@@ -271,11 +320,11 @@ class ReferenceLinearBackend(LinearBackend):
 
 
 class ReferenceFullBackend(FullBackend):
-    """gqa and mla in float64."""
+    """gqa and mla in float64. Option: prefix_chunk_tokens, by which mla prompts attend in chunks."""
 
     name = "reference"
     capabilities = Capabilities(
-        planning=Planning.NONE,
+        planning=Planning.OPTIONAL,
         chunked_prefix=True,
         ragged=Ragged.FORCED_OFF,
         graphs=False,
@@ -284,7 +333,18 @@ class ReferenceFullBackend(FullBackend):
     )
 
     def layer(self, layer: FullLayer) -> FullKernel:
+        self.capabilities.check(layer.geometry.mechanism)
         return ReferenceFullKernel(layer)
 
-    def plan(self, meta: PagedMeta, page_size: int, options: Mapping[str, str]) -> FullPlan:
-        return summarise_plan(meta, page_size, options)
+    def plan(
+        self,
+        meta: PagedMeta,
+        page_size: int,
+        options: Mapping[str, str],
+        layers: Collection[FullGeometry],
+    ) -> FullPlan:
+        checked = summarise_plan(meta, page_size, options, {PREFIX_CHUNK_TOKENS})
+        plan = plan_chunks(checked, meta, page_size, number_option(options, PREFIX_CHUNK_TOKENS), layers)
+        heads = max((g.num_heads for g in layers if isinstance(g, Mla)), default=0)
+        size = longest_chunk(plan.prefix_chunks) * heads * expanded_width(layers) * 8
+        return replace(plan, workspace_bytes=size)

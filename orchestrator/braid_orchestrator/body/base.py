@@ -59,9 +59,6 @@ DraftBackbone = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tenso
 Head = Callable[[torch.Tensor], torch.Tensor]
 """Final-normed hidden states [n, hidden] → logits [n, V]."""
 
-RoleParams = Mapping[int, Mapping[str, torch.Tensor]]
-"""Layer id → parameter name → tensor, for the layers that have any."""
-
 
 @dataclass(frozen=True)
 class Output:
@@ -80,7 +77,6 @@ class RoleBody:
     model: nn.Module
     """Kept whole, so that its buffers and configuration stay reachable."""
     plan: LayerPlan
-    params: RoleParams
     point: DispatchPoint
     head: Head
 
@@ -102,11 +98,18 @@ class Draft(RoleBody):
 
 
 class Body:
-    """A model whose attention runs elsewhere, and its draft where the checkpoint has one."""
+    """A model whose attention runs elsewhere, and its draft where the checkpoint has one.
 
-    def __init__(self, target: Target, draft: Draft | None = None) -> None:
+    Args:
+        target: the model itself.
+        draft: its MTP layers.
+        params: static parameters of the layers of both.
+    """
+
+    def __init__(self, target: Target, draft: Draft | None, params: LayerParams) -> None:
         self._target = target
         self._draft = draft
+        self._params = params
 
     @property
     def model(self) -> nn.Module:
@@ -118,14 +121,13 @@ class Body:
         """The layers of each role that this body runs."""
         return {role.plan.role: role.plan for role in self._roles}
 
-    @property
-    def params(self) -> LayerParams:
-        """Static parameters of the layers of all roles."""
-        return {
-            (role.plan.role, layer_id): group
-            for role in self._roles
-            for layer_id, group in role.params.items()
-        }
+    def take_params(self) -> LayerParams:
+        """Static parameters of the layers of all roles, which the body then lets go of.
+
+        Once they lie in shared memory, a second copy would be kept for nothing.
+        """
+        params, self._params = self._params, {}
+        return params
 
     @property
     def mrope(self) -> bool:

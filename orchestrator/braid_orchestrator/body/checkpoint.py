@@ -141,10 +141,24 @@ def require_exact(directory: Path, missing: Sequence[str], unexpected: Sequence[
         )
     if unexpected:
         raise ConfigInvalid(
-            f"{directory} has {len(unexpected)} weight(s) that the model does not know: {_listed(unexpected)}",
+            f"{directory} has {len(unexpected)} weight(s) unknown to the model: {_listed(unexpected)}",
             field="model",
             weights=_listed(unexpected),
         )
+
+
+def fill(place: torch.Tensor, weight: torch.Tensor, name: str) -> None:
+    """Copy a weight of a checkpoint to its place, in the place's dtype.
+
+    Raises:
+        ConfigInvalid: it has another shape.
+    """
+    if place.shape != weight.shape:
+        raise ConfigInvalid(
+            f"the weight {name} is {list(weight.shape)}; the model has {list(place.shape)}", field=name
+        )
+    with torch.no_grad():
+        place.copy_(weight)
 
 
 def weight_files(directory: Path) -> dict[str, Path]:
@@ -158,7 +172,7 @@ def weight_files(directory: Path) -> dict[str, Path]:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         found = {key: directory / file for key, file in names.items()}
     else:
-        found = {key: directory / "model.safetensors" for key in _keys(directory / "model.safetensors")}
+        found = dict.fromkeys(_keys(directory / "model.safetensors"), directory / "model.safetensors")
     for file in set(found.values()):
         if not file.exists():
             raise ConfigInvalid(f"{file} is missing", field="model", value=file)

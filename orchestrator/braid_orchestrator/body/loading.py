@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from braid_wire.errors import ConfigInvalid
-from braid_wire.layers import LayerPlan
+from braid_wire.layers import LayerPlan, Role
 
-from braid_orchestrator.body.base import Body, DispatchPoint, Draft, Head, RoleParams, Target
+from braid_orchestrator.body.base import Body, DispatchPoint, Draft, Head, Target
 from braid_orchestrator.body.checkpoint import load_pretrained, refuse_unrunnable
-from braid_orchestrator.body.family import Adapt, Family, LoadRequest, Parts, family
+from braid_orchestrator.body.family import Adapt, Family, LoadRequest, Params, Parts, family
 
 __all__ = ["load_body", "load_pretrained", "take_out", "usual_parts"]
 
@@ -57,24 +57,30 @@ def take_out(model: Any, request: LoadRequest, found: Family) -> Body:
         ConfigInvalid: the model's layers are not the plan's.
     """
     # The draft first: it may share modules of the target that are replaced below.
-    draft = _take_out_draft(model, request, found)
+    params: dict[tuple[Role, int], Params] = {}
+    draft = _take_out_draft(model, request, found, params)
     parts, point, plan = found.parts(model), DispatchPoint(), request.plans.target
-    params = _adapt(parts.layers, plan, found.adapt, point)
+    params.update(_adapt(parts.layers, plan, found.adapt, point))
     _without_masks(model)
     target = Target(
         model=model,
         plan=plan,
-        params=params,
         point=point,
         head=parts.head,
         backbone=parts.backbone,
         mrope=parts.mrope,
     )
-    return Body(target, draft)
+    return Body(target, draft, params)
 
 
-def _take_out_draft(model: Any, request: LoadRequest, found: Family) -> Draft | None:
-    """The draft that the config declares, if its weights are there and its layers are known."""
+def _take_out_draft(
+    model: Any, request: LoadRequest, found: Family, params: dict[tuple[Role, int], Params]
+) -> Draft | None:
+    """The draft that the config declares, if its weights are there and its layers are known.
+
+    Args:
+        params: gets the static parameters of its layers.
+    """
     plan = request.plans.draft
     if plan is None:
         return None
@@ -87,14 +93,14 @@ def _take_out_draft(model: Any, request: LoadRequest, found: Family) -> Draft | 
         )
         return None
     point = DispatchPoint()
-    params = _adapt(parts.layers, plan, found.adapt, point)
+    params.update(_adapt(parts.layers, plan, found.adapt, point))
     _without_masks(parts.model)
-    return Draft(
-        model=parts.model, plan=plan, params=params, point=point, head=parts.head, backbone=parts.backbone
-    )
+    return Draft(model=parts.model, plan=plan, point=point, head=parts.head, backbone=parts.backbone)
 
 
-def _adapt(layers: Mapping[int, Any], plan: LayerPlan, adapt: Adapt, point: DispatchPoint) -> RoleParams:
+def _adapt(
+    layers: Mapping[int, Any], plan: LayerPlan, adapt: Adapt, point: DispatchPoint
+) -> dict[tuple[Role, int], Params]:
     """Replace the attention of each layer; the static parameters of those that have any."""
     if layers.keys() != {spec.layer_id for spec in plan}:
         raise ConfigInvalid(
@@ -103,8 +109,8 @@ def _adapt(layers: Mapping[int, Any], plan: LayerPlan, adapt: Adapt, point: Disp
             field="num_hidden_layers",
             value=len(layers),
         )
-    params = {spec.layer_id: adapt(layers[spec.layer_id], spec, point) for spec in plan}
-    return {layer_id: group for layer_id, group in params.items() if group}
+    params = {(plan.role, spec.layer_id): adapt(layers[spec.layer_id], spec, point) for spec in plan}
+    return {key: group for key, group in params.items() if group}
 
 
 def _without_masks(model: Any) -> None:

@@ -65,17 +65,17 @@ class _RaggedEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Ragged.ValueTy
     RAGGED_SUPPORTED: _Ragged.ValueType  # 1
     """Takes them."""
     RAGGED_FORCED_OFF: _Ragged.ValueType  # 2
-    """Runs them span by span."""
+    """Takes them too, and runs them span by span: slower, with the same results."""
 
 class Ragged(_Ragged, metaclass=_RaggedEnumTypeWrapper):
-    """Whether a backend takes batches whose spans have different lengths."""
+    """How a backend runs batches whose spans have different lengths; every backend takes them."""
 
 RAGGED_UNSPECIFIED: Ragged.ValueType  # 0
 """Not sent."""
 RAGGED_SUPPORTED: Ragged.ValueType  # 1
 """Takes them."""
 RAGGED_FORCED_OFF: Ragged.ValueType  # 2
-"""Runs them span by span."""
+"""Takes them too, and runs them span by span: slower, with the same results."""
 Global___Ragged: _TypeAlias = Ragged  # noqa: Y015
 
 @_typing.final
@@ -143,7 +143,7 @@ class DescribeResponse(_message.Message):
     chunked_prefix: _builtins.bool
     """Whether it attends to a cached prefix in planned chunks."""
     ragged: Global___Ragged.ValueType
-    """Whether spans may differ in length."""
+    """Whether spans of different lengths run as one batch."""
     graphs: _builtins.bool
     """Whether its kernels may be captured into device graphs by the service itself."""
     max_tokens: _builtins.int
@@ -582,7 +582,12 @@ class PlanRequest(_message.Message):
 
     @_builtins.property
     def options(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Backend options by name; one that the backend does not have comes back in ignored_options."""
+        """Backend options by name; one that the backend does not have comes back in ignored_options, one
+        that it has with a value that it cannot use: INVALID_ARGUMENT REQUEST_INVALID. Known to those with
+        chunked_prefix: "prefix_chunk_tokens", positions over all sequences whose keys and values may lie
+        expanded at a time; an mla chunk is that many divided by the EXTEND sequences with a context, in
+        whole pages, one page at least.
+        """
 
     def __init__(
         self,
@@ -600,7 +605,12 @@ Global___PlanRequest: _TypeAlias = PlanRequest  # noqa: Y015
 
 @_typing.final
 class PrefixChunk(_message.Message):
-    """A planned run of attention over part of the cached prefix."""
+    """A planned run of mla attention over part of the cached prefixes: every new token of a sequence attends,
+    not causally, to the chunk's positions. The results of all chunks, and that of the new tokens among
+    themselves (causal), merge by log-sum-exp: lse [T, H] is the NATURAL logarithm of the sum of
+    exp(scale q·k) over the keys of a part, out = sum of out_i exp(lse_i − lse), lse = log sum exp(lse_i). A
+    row that sees no key in a part has out 0 and lse −inf there; one that sees none at all, in the end.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -608,11 +618,16 @@ class PrefixChunk(_message.Message):
     LENGTHS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def starts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """int per sequence: first position of the chunk."""
+        """int per sequence [B]: first position of the chunk; without meaning where the length is 0. Not where
+        the sequence's chunks so far end: the orchestrator refuses the plan, PLAN_MISMATCH.
+        """
 
     @_builtins.property
     def lengths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """int per sequence: positions in the chunk; 0 where the sequence has none left."""
+        """int per sequence [B]: positions in the chunk; 0 where the sequence has none left. Together they are
+        the context of each EXTEND sequence that has new tokens, and that of any other sequence or 0;
+        otherwise PLAN_MISMATCH.
+        """
 
     def __init__(
         self,
@@ -630,7 +645,9 @@ Global___PrefixChunk: _TypeAlias = PrefixChunk  # noqa: Y015
 
 @_typing.final
 class PlanSummary(_message.Message):
-    """What a plan came to. The orchestrator checks qo_indptr_last == num_tokens before any layer runs."""
+    """What a plan came to. The orchestrator checks it against the batch before any layer runs, and gives
+    the step up with FAILED_PRECONDITION PLAN_MISMATCH where it does not fit.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -641,16 +658,20 @@ class PlanSummary(_message.Message):
     IGNORED_OPTIONS_FIELD_NUMBER: _builtins.int
     PLANNED_FIELD_NUMBER: _builtins.int
     qo_indptr_last: _builtins.int
-    """Query rows that the plan covers."""
+    """Query rows that the plan covers; not the batch's num_tokens: PLAN_MISMATCH."""
     kv_tokens: _builtins.int
-    """Key/value rows that they see, context and span together, over all sequences."""
+    """Key/value rows that they see, context and span together, over all sequences; for a full service
+    other than the batch has: PLAN_MISMATCH.
+    """
     workspace_bytes: _builtins.int
-    """Scratch memory that the plan needs, bytes."""
+    """Scratch memory for the expanded keys and values of the chunks, bytes."""
     planned: _builtins.bool
     """False where the backend only checked the batch."""
     @_builtins.property
     def prefix_chunks(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrefixChunk]:
-        """Chunks of the cached prefix, in order."""
+        """Chunks of the cached prefixes in the order in which they run; none: the backend attends to a prefix
+        as it likes. Wherever parts are merged, the rules of PrefixChunk hold: natural logarithm, lse [T, H].
+        """
 
     @_builtins.property
     def ignored_options(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:

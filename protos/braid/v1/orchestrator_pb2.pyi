@@ -276,6 +276,8 @@ class ScoreRequest(_message.Message):
     CHUNK_FIELD_NUMBER: _builtins.int
     WANT_LOGITS_FIELD_NUMBER: _builtins.int
     DECODE_TAIL_FIELD_NUMBER: _builtins.int
+    MTP_FIELD_NUMBER: _builtins.int
+    MROPE_POSITIONS_FIELD_NUMBER: _builtins.int
     chunk: _builtins.int
     """Most tokens of one sequence in a step; 0: the cell's token budget."""
     want_logits: _builtins.bool
@@ -284,9 +286,19 @@ class ScoreRequest(_message.Message):
     """Feed the last tokens of every sequence one at a time, so that steps mix EXTEND and DECODE
     spans; 0: none. Not below a sequence's length is that length less one.
     """
+    mtp: _builtins.bool
+    """Run the draft over the sequences too and hand over its logits; needs `want_logits`, and a model
+    with draft layers, otherwise REQUEST_INVALID.
+    """
     @_builtins.property
     def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenIds]:
         """Sequences, each of at least one token (otherwise REQUEST_INVALID)."""
+
+    @_builtins.property
+    def mrope_positions(self) -> _containers.RepeatedCompositeFieldContainer[Global___PositionGrid]:
+        """For models with multimodal rotary: positions of each sequence, in the order of `sequences`. None,
+        or as many as there are sequences; otherwise, or for another model, REQUEST_INVALID.
+        """
 
     def __init__(
         self,
@@ -295,14 +307,42 @@ class ScoreRequest(_message.Message):
         chunk: _builtins.int = ...,
         want_logits: _builtins.bool = ...,
         decode_tail: _builtins.int = ...,
+        mtp: _builtins.bool = ...,
+        mrope_positions: _abc.Iterable[Global___PositionGrid] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "decode_tail", b"decode_tail", "sequences", b"sequences", "want_logits", b"want_logits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "decode_tail", b"decode_tail", "mrope_positions", b"mrope_positions", "mtp", b"mtp", "sequences", b"sequences", "want_logits", b"want_logits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ScoreRequest: _TypeAlias = ScoreRequest  # noqa: Y015
+
+@_typing.final
+class PositionGrid(_message.Message):
+    """Positions of one sequence of L tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POSITIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """[3·L]: the time position of every token, then the height and then the width positions; empty:
+        each token's place in the sequence, in all three. Any other number of them: REQUEST_INVALID.
+        """
+
+    def __init__(
+        self,
+        *,
+        positions: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["positions", b"positions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PositionGrid: _TypeAlias = PositionGrid  # noqa: Y015
 
 @_typing.final
 class SequenceScore(_message.Message):
@@ -312,6 +352,7 @@ class SequenceScore(_message.Message):
 
     TOKEN_LOGPROBS_FIELD_NUMBER: _builtins.int
     LOGITS_FIELD_NUMBER: _builtins.int
+    MTP_LOGITS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def token_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """[L−1]: natural-log probability of token t+1 after tokens 0 … t."""
@@ -320,15 +361,22 @@ class SequenceScore(_message.Message):
     def logits(self) -> _common_pb2.TensorView:
         """float32 [L, V] in `logits_arena`, where it was asked for."""
 
+    @_builtins.property
+    def mtp_logits(self) -> _common_pb2.TensorView:
+        """float32 [L−1, V] in `logits_arena`, where it was asked for and L is above 1: row t is the draft's
+        logits of token t+2, from tokens 0 … t+1.
+        """
+
     def __init__(
         self,
         *,
         token_logprobs: _abc.Iterable[_builtins.float] | None = ...,
         logits: _common_pb2.TensorView | None = ...,
+        mtp_logits: _common_pb2.TensorView | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["logits", b"logits"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["logits", b"logits", "mtp_logits", b"mtp_logits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logits", b"logits", "token_logprobs", b"token_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logits", b"logits", "mtp_logits", b"mtp_logits", "token_logprobs", b"token_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,12 +26,13 @@ class ScaledProjection(nn.Module):
     def __init__(self, original: Any) -> None:
         super().__init__()
         self.in_proj = original.in_proj
-        self._before, self._after = original.ssm_in_multiplier, original.mup_vector
+        self._before = original.ssm_in_multiplier
+        self.register_buffer("after", original.mup_vector, persistent=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[1, T, hidden] → [1, T, I + C + H]."""
         projected = self.in_proj(hidden * self._before)
-        return (projected * self._after).to(hidden.dtype)
+        return (projected * self.after).to(hidden.dtype)
 
 
 def gate_alone(out: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
@@ -57,9 +58,8 @@ def _adapt(layer: Any, spec: LayerSpec, point: DispatchPoint) -> Params:
 
 
 def _parts(model: Any) -> Parts:
-    parts = usual_parts(model)
     factor = model.model.lm_head_multiplier
-    return Parts(parts.layers, parts.backbone, lambda hidden: model.lm_head(hidden) * factor)
+    return usual_parts(model, head=lambda hidden: model.lm_head(hidden) * factor)
 
 
 FALCON_H1 = Family(load_pretrained, _parts, _adapt)

@@ -34,9 +34,7 @@ class Heads:
 
 def usual_heads(original: Any, rotate: Rotate | None = None) -> Heads:
     """Those of a module laid out as most are."""
-    return Heads(
-        original.q_proj, original.k_proj, original.v_proj, original.o_proj, original.scaling, rotate
-    )
+    return Heads(original.q_proj, original.k_proj, original.v_proj, original.o_proj, original.scaling, rotate)
 
 
 class GroupedQuery(nn.Module):

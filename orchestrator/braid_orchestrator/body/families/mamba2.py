@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -63,7 +64,8 @@ def mamba2_params(original: Any, spec: LayerSpec) -> dict[str, torch.Tensor]:
     """
     g = geometry(spec, Kind.LINEAR, Mamba2)
     must_be_silu(original.activation, spec)
-    must_agree(spec, "the bounds of dt", tuple(original.time_step_limit), (g.dt_min, g.dt_max))
+    bounds = tuple(original.time_step_limit or (0.0, math.inf))
+    must_agree(spec, "the bounds of dt", bounds, (g.dt_min, g.dt_max))
     params = {
         "conv_weight": original.conv1d.weight.detach().squeeze(1),
         "A_log": original.A_log.detach(),
@@ -96,9 +98,8 @@ def _adapt_granite(layer: Any, spec: LayerSpec, point: DispatchPoint) -> Params:
 
 
 def _granite_parts(model: Any) -> Parts:
-    parts = usual_parts(model)
     scaling = model.config.logits_scaling
-    return Parts(parts.layers, parts.backbone, lambda hidden: model.lm_head(hidden) / scaling)
+    return usual_parts(model, head=lambda hidden: model.lm_head(hidden) / scaling)
 
 
 BAMBA = Family(load_pretrained, usual_parts, _adapt_bamba)

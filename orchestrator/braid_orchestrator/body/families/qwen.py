@@ -13,7 +13,7 @@ from braid_wire.layers import GatedDelta, Gqa, Kind, LayerPlan, LayerSpec
 from torch import nn
 
 from braid_orchestrator.body.base import DispatchPoint
-from braid_orchestrator.body.checkpoint import load_state, read_weights, require_exact, weight_files
+from braid_orchestrator.body.checkpoint import fill, load_state, read_weights, require_exact, weight_files
 from braid_orchestrator.body.families.gated_delta import GatedDeltaNet, delta_params
 from braid_orchestrator.body.families.gqa import Rotate
 from braid_orchestrator.body.families.submodules import geometry, must_agree, submodule
@@ -48,9 +48,7 @@ class GatedAttention(nn.Module):
         query, gate = self.q_proj(hidden_states).view(1, rows, g.num_q_heads, 2 * g.head_dim).chunk(2, dim=-1)
         key = self.k_proj(hidden_states).view(1, rows, g.num_kv_heads, g.head_dim)
         value = self.v_proj(hidden_states).view(rows, g.num_kv_heads, g.v_head_dim)
-        query, key = self._rotate(
-            self.q_norm(query), self.k_norm(key), *position_embeddings, unsqueeze_dim=2
-        )
+        query, key = self._rotate(self.q_norm(query), self.k_norm(key), *position_embeddings, unsqueeze_dim=2)
         out = self._point.attend(self._layer_id, {"q": query[0], "k": key[0], "v": value})
         return self.o_proj((out * torch.sigmoid(gate[0])).reshape(1, rows, -1)), None
 
@@ -105,9 +103,7 @@ def _reordered(linear: nn.Linear, groups: int, parts: list[int]) -> nn.Linear:
     return linear
 
 
-def _adapter(
-    model_type: str, prefix: str, projection: Callable[[Any, GatedDelta], nn.Module]
-) -> Adapt:
+def _adapter(model_type: str, prefix: str, projection: Callable[[Any, GatedDelta], nn.Module]) -> Adapt:
     def adapt(layer: Any, spec: LayerSpec, point: DispatchPoint) -> Params:
         modelling = import_module(f"transformers.models.{model_type}.modeling_{model_type}")
         if spec.kind is Kind.FULL:
@@ -132,12 +128,12 @@ class MtpHead(nn.Module):
 
     def __init__(self, target: Any, layers: Any) -> None:
         super().__init__()
-        norm, width = type(target.model.norm), target.config.hidden_size
+        norm, width, dtype = type(target.model.norm), target.config.hidden_size, target.dtype
         self.config = layers.config
         self.embed_tokens, self.inner = target.model.embed_tokens, layers.model
-        self.pre_fc_norm_embedding = norm(width, eps=target.config.rms_norm_eps)
-        self.pre_fc_norm_hidden = norm(width, eps=target.config.rms_norm_eps)
-        self.fc = nn.Linear(2 * width, width, bias=False)
+        self.pre_fc_norm_embedding = norm(width, eps=target.config.rms_norm_eps).to(dtype)
+        self.pre_fc_norm_hidden = norm(width, eps=target.config.rms_norm_eps).to(dtype)
+        self.fc = nn.Linear(2 * width, width, bias=False, dtype=dtype)
 
     def forward(self, ids: torch.Tensor, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """int64 [1, T], [1, T, hidden], int64 [1, T] or [3, 1, T] → [1, T, hidden]."""
@@ -170,8 +166,9 @@ def load_mtp(request: LoadRequest, target: Any, plan: LayerPlan) -> DraftParts |
         # The draft shares both with the target.
         computed=r"^(model\.embed_tokens|lm_head)\.",
     )
-    head = MtpHead(target, layers).to(request.dtype).eval().requires_grad_(False)
-    head.load_state_dict(fusion, strict=False)
+    head = MtpHead(target, layers).eval().requires_grad_(False)
+    for name, tensor in fusion.items():
+        fill(head.get_parameter(name), tensor, f"mtp.{name}")
     return DraftParts(head, dict(enumerate(layers.model.layers)), head, target.lm_head)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeVar
 
 from braid_wire.errors import ConfigInvalid
@@ -53,7 +54,11 @@ def must_agree(spec: LayerSpec, what: str, module: object, plan: object) -> None
     Raises:
         ConfigInvalid: naming the layer id.
     """
-    if module != plan:
+    agree = module == plan
+    if isinstance(module, float) and isinstance(plan, float):
+        # Both are computed, perhaps in another order.
+        agree = math.isclose(module, plan, rel_tol=1e-9)
+    if not agree:
         raise ConfigInvalid(
             f"layer {spec.layer_id}: {what} is {plan} in the plan and {module} in the model",
             layer_id=spec.layer_id,

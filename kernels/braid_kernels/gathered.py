@@ -57,7 +57,7 @@ class Places:
 
 
 def find_places(meta: PagedMeta, page_size: int) -> list[Places]:
-    """The spans that have rows; without chunks, the form of mla as costs fewer multiplications."""
+    """The spans that have rows; how mla attends is left to the caller."""
     cu, table = meta.cu_seqlens.tolist(), meta.page_table.long()
     places = []
     for b, context in enumerate(meta.context_lens.tolist()):
@@ -102,7 +102,7 @@ def attend(
 
 
 class GatheredKernel(FullKernel):
-    """One full layer; `planning` says whose places it uses, its own or the plan's."""
+    """One full layer; it uses the plan's places where `planning` is REQUIRED, else finds its own."""
 
     def __init__(self, layer: FullLayer, planning: Planning) -> None:
         self._layer = layer

@@ -130,6 +130,8 @@ class Scores:
     steps: int
     logits: list[torch.Tensor] = field(default_factory=list)
     """float32 [L, V] of each, where they were asked for."""
+    mtp_logits: list[torch.Tensor | None] = field(default_factory=list)
+    """float32 [L−1, V] of each, where the draft's were asked for; None where L is 1."""
 
 
 class Client:
@@ -197,6 +199,7 @@ class Client:
         want_logits: bool = False,
         decode_tail: int = 0,
         timeout_s: float | None = None,
+        mtp: bool = False,
     ) -> Scores:
         """Score given tokens, all sequences in packed steps.
 
@@ -206,18 +209,22 @@ class Client:
             want_logits: fetch the logits too; the cell must be on this machine. Imports torch.
             decode_tail: feed so many last tokens of each one at a time.
             timeout_s: longest wait; None: as long as it takes.
+            mtp: run the draft too and fetch its logits; needs `want_logits`.
         """
         request = pb.ScoreRequest(
             sequences=[_token_ids(sequence) for sequence in sequences],
             chunk=chunk,
             want_logits=want_logits,
             decode_tail=decode_tail,
+            mtp=mtp,
         )
         response: pb.ScoreResponse = self._call(self._stub.Score, request, timeout_s)
+        logits, mtp_logits = _fetch_logits(response) if want_logits else ([], [])
         return Scores(
             logprobs=[list(score.token_logprobs) for score in response.scores],
             steps=response.steps,
-            logits=_fetch_logits(response) if want_logits else [],
+            logits=logits,
+            mtp_logits=mtp_logits if mtp else [],
         )
 
     def plan(self) -> pb.GetLayerPlanResponse:
@@ -260,12 +267,16 @@ def _token_ids(ids: Sequence[int]) -> pb.TokenIds:
         raise RequestInvalid(f"token ids are 0 … 2³²−1: {error}", field="ids") from error
 
 
-def _fetch_logits(response: pb.ScoreResponse) -> list[torch.Tensor]:
-    """Take over the memory that the cell put logits into."""
+def _fetch_logits(response: pb.ScoreResponse) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    """Take over the memory that the cell put logits into: the target's, and the draft's."""
     from braid_wire.views import ArenaMap
 
     arenas = ArenaMap()
     arenas.map(response.logits_arena)
     logits = [arenas.resolve(score.logits, "logits") for score in response.scores]
+    mtp_logits = [
+        arenas.resolve(score.mtp_logits, "mtp_logits") if score.HasField("mtp_logits") else None
+        for score in response.scores
+    ]
     arenas.close()  # the tensors keep the memory
-    return logits
+    return logits, mtp_logits

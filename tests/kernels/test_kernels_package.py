@@ -168,7 +168,7 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 NARROW = """
 import braid_kernels.build as build
 build.NATIVE = "-msse2"
-from braid_kernels import Gqa, full_backend, linear_backend
+from braid_kernels import Gqa, Mla, full_backend, linear_backend
 from braid_kernels.native.library import library
 from braid_kernels.testing import Span, difference, full_case, linear_case, small_linear_geometries
 assert library().braid_vector_lanes() == 4
@@ -178,7 +178,8 @@ for geometry in small_linear_geometries().values():
     actual, expected = (case.run(linear_backend(name)) for name in ("cpp", "reference"))
     assert difference(actual.out, expected.out) < 5e-6
     assert difference(actual.state_pool, expected.state_pool) < 5e-6
-for geometry in (Gqa(6, 2, 33, 47, 0.17), Gqa(4, 1, 64, 64, 0.125, sliding_window=20)):
+mla = Mla(3, 17, 0, 21, 33, 0.2)
+for geometry in (Gqa(6, 2, 33, 47, 0.17), Gqa(4, 1, 64, 64, 0.125, sliding_window=20), mla):
     case = full_case(geometry, [1, 65, 3], [1100, 17, 40])
     actual, expected = (case.run(full_backend(name)) for name in ("cpp", "reference"))
     assert difference(actual.out, expected.out) < 5e-6

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import torch
 from braid_kernels import (
+    FieldError,
     GatedDelta,
-    InputError,
     KimiDelta,
     LayerError,
     Lightning,
@@ -30,7 +30,6 @@ from braid_kernels import (
     LinearMeta,
     Mamba1,
     Mamba2,
-    MetadataError,
     UnsupportedError,
     linear_backend,
     signature,
@@ -69,9 +68,16 @@ BF16 = 1e-2
 
 MECHANISMS = ("gated_delta", "kimi_delta", "lightning", "mamba2")
 GEOMETRIES = {name: g for name, g in small_linear_geometries().items() if g.mechanism in MECHANISMS}
-ONE_EACH = ("gated_delta_odd", "kimi_delta_bounded", "lightning_silu", "mamba2_one_group")
+ONE_EACH = ("gated_delta_odd", "kimi_delta_bounded", "lightning_silu", "mamba2")
 CHUNK = 64
-FORMS = {"recurrent": 10**9, "chunk": 0, "auto": 16}
+# Blocks as wide as they go: the interpreter's time is per program. "narrow" has the blocks of a GPU.
+WIDE = {"conv_tokens": 64, "recurrent_columns": 64, "state_columns": 64, "output_columns": 64}
+FORMS: dict[str, dict[str, int]] = {
+    "recurrent": {"short_span": 10**9, **WIDE},
+    "chunk": {"short_span": 0, **WIDE},
+    "auto": WIDE,
+    "narrow": {},
+}
 # Prefill, an empty span, decode, verification, a shared state, and spans shorter than the convolution.
 MIXED = (
     Span.final(CHUNK + 1, 0, 1),
@@ -93,22 +99,24 @@ def start_interpreter() -> None:
 
 
 def run_here(message: bytes) -> bytes:
-    case, short_span = pickle.loads(message)
+    case, tuning = pickle.loads(message)
     from braid_kernels.triton_kernels import TritonLinearBackend, Tuning
 
-    return pickle.dumps(case.run(TritonLinearBackend(Tuning(short_span=short_span))))
+    return pickle.dumps(case.run(TritonLinearBackend(Tuning(**tuning))))
 
 
-def call_here(message: bytes) -> None:
-    """One raw kernel call, for errors: what is written before an error would be lost with the process."""
-    case, meta, inputs, out = pickle.loads(message)
-    before = case.state_pool.clone(), out.clone()
+def refusal(message: bytes) -> str:
+    """What one kernel call raises, as text; says so where it has written something before."""
+    case, meta, inputs = pickle.loads(message)
+    out = torch.full((meta.num_tokens, *signature(case.geometry).output), 7.0)
+    before = case.state_pool.clone()
     layer = LinearLayer(case.geometry, case.params, case.state_pool, case.conv_pool)
     try:
         linear_backend("triton").layer(layer)(inputs, meta, out)
-    finally:
-        if not (same_bits(case.state_pool, before[0]) and same_bits(out, before[1])):
-            raise RuntimeError("something was written")
+    except FieldError as error:
+        untouched = same_bits(case.state_pool, before) and bool((out == 7.0).all())
+        return f"{type(error).__name__}: {error}" if untouched else "something was written"
+    return "nothing was raised"
 
 
 Run = Callable[..., LinearCase]
@@ -189,10 +197,10 @@ def test_chunk_lengths(run: Run, reference: LinearBackend, name: str) -> None:
 @pytest.mark.parametrize("name", ONE_EACH)
 def test_states_inside_a_chunk_are_honoured(run: Run, reference: LinearBackend, name: str) -> None:
     """Checkpoints before a chunk is full, at its very end, right after it, and at a span's first row."""
-    outs = [-1] * 90
-    for slot, row in enumerate((0, 40, 41 + CHUNK - 2), start=1):
+    outs = [-1] * 108
+    for slot, row in enumerate((0, 40, 40 + CHUNK), start=1):
         outs[row] = slot
-    case = linear_case(GEOMETRIES[name], [Span(90, 0, tuple(outs)), Span(3, -1, (5, -1, 6))], slots=8)
+    case = linear_case(GEOMETRIES[name], [Span(108, 0, tuple(outs)), Span(3, -1, (5, -1, 6))], slots=8)
     actual = run(case, "chunk")
     assert not actual.state_pool[[1, 2, 3, 5, 6]].isnan().any()
     assert_close(actual, case.run(reference))
@@ -215,7 +223,7 @@ def test_states_inside_a_chunk_are_honoured(run: Run, reference: LinearBackend, 
 def test_head_dims_and_ratios(run: Run, reference: LinearBackend, geometry: LinearGeometry) -> None:
     spans = [Span.final(20, 0, 1), Span(1, 0, (2,)), Span(3, -1, (3, -1, 4))]
     case = linear_case(geometry, spans, slots=5)
-    assert_close(run(case), case.run(reference))
+    assert_close(run(case, "narrow"), case.run(reference))
 
 
 @pytest.mark.parametrize("form", ["recurrent", "chunk"])
@@ -360,10 +368,8 @@ def test_bad_metadata_is_refused_before_anything_is_written(
 ) -> None:
     case = linear_case(GEOMETRIES["lightning"], [Span(1, 0), Span(1, 1)], slots=4)
     meta = LinearMeta(int32(cu), int32(state_in), int32(state_out))
-    out = torch.full((2, *signature(case.geometry).output), 7.0)
-    with pytest.raises(Exception, match=field) as caught:
-        interpreter.submit(call_here, pickle.dumps((case, meta, case.inputs, out))).result()
-    assert "MetadataError" in repr(caught.value) or isinstance(caught.value, MetadataError)
+    said = interpreter.submit(refusal, pickle.dumps((case, meta, case.inputs))).result()
+    assert said.startswith(f"MetadataError: {field}")
 
 
 def test_the_backend_refuses_what_it_cannot_run() -> None:
@@ -381,7 +387,5 @@ def test_the_backend_refuses_what_it_cannot_run() -> None:
 def test_a_dtype_that_no_kernel_reads_is_refused(interpreter: ProcessPoolExecutor) -> None:
     case = linear_case(GEOMETRIES["lightning"], [Span(1, 0)], slots=2)
     inputs = {name: tensor.double() for name, tensor in case.inputs.items()}
-    out = torch.full((1, *signature(case.geometry).output), 7.0)
-    with pytest.raises(Exception, match="float32 or bfloat16") as caught:
-        interpreter.submit(call_here, pickle.dumps((case, case.meta, inputs, out))).result()
-    assert "InputError" in repr(caught.value) or isinstance(caught.value, InputError)
+    said = interpreter.submit(refusal, pickle.dumps((case, case.meta, inputs))).result()
+    assert said.startswith("InputError: q") and "float32 or bfloat16" in said

@@ -237,3 +237,16 @@ def test_windows_and_long_contexts_are_pointed_out(tmp_path: Path) -> None:
     assert "w4096" in text
     assert "counted with their full KV" in text
     assert "exceeds the model's 1,024 positions" in text
+
+
+@pytest.mark.parametrize(
+    "stem", ["kimi-linear-48b-a3b", "ling-2.6-flash", "golden-ling_2_6_tiny", "golden-ring_2_5_tiny"]
+)
+def test_mla_layers_are_reported_with_the_bytes_of_their_latents(stem: str) -> None:
+    """One latent and one rotary key per token, shared by all heads; linear layers keep nothing per token."""
+    config = json.loads((CONFIGS / f"{stem}.json").read_text())
+    width = config["kv_lora_rank"] + config["qk_rope_head_dim"]
+    itemsize = 4 if config.get("torch_dtype", config.get("dtype")) == "float32" else 2
+    layers = to_json(build_plans(config))["target"]["layers"]
+    assert {layer["kv_bytes_per_token"] for layer in layers if layer["kind"] == "full"} == {width * itemsize}
+    assert {layer["kv_bytes_per_token"] for layer in layers if layer["kind"] == "linear"} == {0}

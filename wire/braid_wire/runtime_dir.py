@@ -59,8 +59,11 @@ class RuntimeDirectory:
         try:
             base.mkdir(mode=0o700, parents=True, exist_ok=True)
             sweep(base)
-            path.mkdir(mode=0o700)
-            lock_fd = _lock(path)
+            # Named only once it is locked: a sweep that came between would take it for a dead one's.
+            unnamed = base / f".{path.name}"
+            unnamed.mkdir(mode=0o700)
+            lock_fd = _lock(unnamed)
+            unnamed.rename(path)
         except OSError as error:
             raise RequestInvalid(
                 f"run-time directory {path} cannot be made: {error}; set BRAID_RUNTIME_DIR",
@@ -77,7 +80,7 @@ class RuntimeDirectory:
 def sweep(base: Path) -> None:
     """Remove the directories under `base` whose owners are dead."""
     for path in base.iterdir():
-        if not (path / _LOCK).exists():
+        if path.name.startswith(".") or not (path / _LOCK).exists():
             continue
         try:
             fd = _lock(path)

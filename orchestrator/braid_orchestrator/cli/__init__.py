@@ -20,6 +20,7 @@ from braid_wire.process import EXIT_FAULT, EXIT_OK, EXIT_USAGE
 
 from braid_orchestrator.cli.bench import bench
 from braid_orchestrator.cli.generate import generate
+from braid_orchestrator.cli.models import models
 from braid_orchestrator.cli.plan import plan
 from braid_orchestrator.cli.score import score
 from braid_orchestrator.cli.serve import serve
@@ -41,7 +42,7 @@ def braid() -> None:
     """Serve hybrid-attention language models with both kinds of attention in services of their own."""
 
 
-for command in (serve, generate, score, plan, status, drain, bench):
+for command in (serve, generate, score, plan, models, status, drain, bench):
     braid.add_command(command)
 
 

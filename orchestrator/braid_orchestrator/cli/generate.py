@@ -97,8 +97,10 @@ def generate(
         ]
         began = time.monotonic()
         with _feeding(cell, wanted, terminal) as stop_feeding:
+            echo = len(runs) == 1 and not json_out and sys.stdout.isatty()
+            look = _Look(ids, json_out, headed=len(runs) > 1, echo=echo)
             for run in runs:
-                run.show(_Look(ids, json_out, headed=len(runs) > 1), stop_feeding)
+                run.show(look, stop_feeding)
         _sum_up([run.completion for run in runs], time.monotonic() - began, terminal)
 
 
@@ -122,6 +124,8 @@ class _Look:
     ids: bool
     json: bool
     headed: bool
+    echo: bool
+    """Show the prompt before what continues it."""
 
 
 class _Run:
@@ -145,6 +149,8 @@ class _Run:
             before_first: set as soon as there is something to print.
         """
         headed, ends_line = False, True
+        if look.echo and isinstance(self._prompt, str):
+            consoles.stdout().print(self._prompt, style="dim", end="", markup=False, soft_wrap=True)
         for chunk in self._chunks():
             before_first.set()
             if look.json:

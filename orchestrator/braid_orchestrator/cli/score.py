@@ -27,7 +27,7 @@ from braid_orchestrator.layer_plan import ModelPlans
 from braid_orchestrator.scrape import scrape, total
 from braid_orchestrator.settings import Settings
 
-_PREFIX, _OUT_PREFIX = "ids_", "logits_"
+_PREFIX, _OUT_PREFIX, _MTP_PREFIX = "ids_", "logits_", "mtp_logits_"
 _LOOK_S = 0.2  # between two looks at how far the scoring is
 
 
@@ -58,6 +58,11 @@ _LOOK_S = 0.2  # between two looks at how far the scoring is
     default=0,
     help="Feed so many last tokens of each sequence one at a time, as if they had been made.",
 )
+@click.option(
+    "--mtp",
+    is_flag=True,
+    help="Run the draft (MTP) layers too and write mtp_logits_NAME, float32 [L-1, V], of each.",
+)
 @placement_option
 @connect_options
 @setting_options()
@@ -68,6 +73,7 @@ def score(
     out: Path,
     chunk: int,
     decode_tail: int,
+    mtp: bool,
     placement: str,
     connect: str | None,
     ca: Path | None,
@@ -89,8 +95,11 @@ def score(
             _expect_same_layers(cell, plans)
         tokens = [ids.tolist() for ids in sequences.values()]
         with _progress(cell, sum(map(len, tokens)), terminal):
-            scores = cell.client.score(tokens, chunk, want_logits=True, decode_tail=decode_tail)
+            scores = cell.client.score(tokens, chunk, want_logits=True, decode_tail=decode_tail, mtp=mtp)
     logits = {_OUT_PREFIX + name: rows.numpy() for name, rows in zip(sequences, scores.logits, strict=True)}
+    for name, rows in zip(sequences, scores.mtp_logits, strict=mtp):
+        if rows is not None:
+            logits[_MTP_PREFIX + name] = rows.numpy()
     _write(out, logits)
     noun = "sequence" if len(tokens) == 1 else "sequences"
     terminal.print(

@@ -106,7 +106,7 @@ def test_many_tokens_are_planned_in_little_time() -> None:
     meta = linear_meta(spans)
     begin = time.perf_counter()
     plan = plan_step(meta, CPU, chunk=64, short_span=16)
-    assert time.perf_counter() - begin < 0.1  # measured 1 ms
+    assert time.perf_counter() - begin < 0.1  # measured 0.2 ms
     assert plan.num_chunks == 256
     assert np.array_equal(plan.recurrent.numpy(), np.arange(256))
 

@@ -41,6 +41,7 @@ from braid_kernels.triton_kernels.recurrent import recurrent_kernel
 from braid_kernels.triton_kernels.tuning import MIN_BLOCK, SUB_BLOCK, Tuning, power_of_two
 
 DTYPES = frozenset({torch.float32, torch.bfloat16})
+PLAIN_WIDTH = 64
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,12 @@ class Groups:
     second: int
     width: int
     norm: bool
+
+
+def _plain_groups(channels: int) -> Groups:
+    """Channels without heads: groups that fill a block, and the rest."""
+    full, rest = divmod(channels, PLAIN_WIDTH)
+    return Groups(full, PLAIN_WIDTH, 1 if rest else 0, max(rest, 1), norm=False)
 
 
 @dataclass(frozen=True)
@@ -170,7 +177,7 @@ def _mamba2(g: Mamba2) -> Recipe:
         beta=gates.STEP.value,
         scale=1.0,
         mixed="xBC",
-        groups=Groups(g.num_heads, g.head_dim, 2 * g.num_groups, g.state_dim, norm=False),
+        groups=_plain_groups(g.conv_channels),
         low=g.dt_min,
         high=g.dt_max,
     )
@@ -299,7 +306,7 @@ class TritonLinearKernel(LinearKernel):
                 "BIAS": "conv_bias" in self._layer.params,
                 "TAPS": pool.shape[2] + 1,
                 "BLOCK_T": block,
-                "BLOCK_C": power_of_two(max(groups.first_width, groups.width)),
+                "BLOCK_C": power_of_two(max(groups.first_width if groups.first else 1, groups.width)),
             },
             warps=self._tuning.conv_warps,
             unspecialised=frozenset({"num_tokens"}),

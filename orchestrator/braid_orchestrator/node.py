@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +44,6 @@ HANDOVER_SOCKET = "arenas.sock"
 _WORKERS = 1024 + 256
 # Behind a drain: what is left of a step, and of a wait for a service that will not come back.
 _CLOSE_S = 5.0
-_LOOK_S = 0.2  # between two looks whether a drain still makes sense
 
 
 @dataclass(frozen=True)
@@ -101,21 +99,12 @@ class Node:
         self._server.start()
         self._server.set_ready(True)
 
-    def drain(self, seconds: float, give_up: Callable[[], bool] = lambda: False) -> int:
-        """Take nothing new, let what runs finish, and say how many requests are left.
-
-        Args:
-            seconds: longest wait.
-            give_up: asked again and again; True ends the wait.
-        """
+    def drain(self, seconds: float) -> int:
+        """Take nothing new, let what runs finish for so long, and say how many requests are left."""
         if self._cell is None:
             return 0
         self._server.set_ready(False)
-        end = time.monotonic() + seconds
-        left = self._cell.engine.drain(0.0)
-        while left and not give_up() and time.monotonic() < end:
-            left = self._cell.engine.drain(_LOOK_S)
-        return left
+        return self._cell.engine.drain(seconds)
 
     def stop(self) -> None:
         """End what is left, close the cell, stop serving."""
@@ -204,18 +193,12 @@ def _announce(node: Node, settings: Settings) -> None:
 
 def _end(node: Node, options: NodeOptions) -> None:
     """Drain, then stop, within bounds."""
-
-    def orphaned() -> bool:
-        # Who lost its supervisor loses the services too, and has nothing to wait for. The parent may
-        # still be on its way out when its end is signalled.
-        return options.parent is not None and os.getppid() != options.parent
-
     log.info("draining")
-    left = node.drain(options.drain_seconds, orphaned)
+    left = node.drain(options.drain_seconds)
     if left:
         log.warning("%d requests are left unfinished", left)
     # The engine may be waiting for a service that is gone, and nobody depends on how this ends.
-    last = threading.Timer(1.0 if orphaned() else _CLOSE_S, os._exit, (EXIT_FAULT,))
+    last = threading.Timer(_CLOSE_S, os._exit, (EXIT_FAULT,))
     last.daemon = True
     last.start()
     node.stop()

@@ -59,8 +59,8 @@ if numbers(importlib.metadata.version("triton")) < (3, 7) and numbers(np.__versi
         "Triton 3.6's interpreter cannot loop over loaded bounds under numpy >= 2.4", allow_module_level=True
     )
 
-# fp32 against float64. What is promised is 1e-4; measured are at most 2e-6 token by token (rounding errors
-# of a slowly decaying state add up) and 4e-6 in chunks (differences of summed log decays).
+# fp32 against float64. Promised is 1e-4; measured are at most 3e-6, in either form: rounding errors of a
+# slowly decaying state add up, and chunks take differences of summed log decays.
 FP32 = 2e-5
 # q, k and v leave the convolution in bf16, and so do the chunks' states: errors of some bf16 steps
 # (2^-8), which partly cancel in sums.
@@ -261,7 +261,7 @@ def test_weak_decay_keeps_its_relative_accuracy(run: Run, reference: LinearBacke
 
 
 def test_similar_keys_do_not_spoil_the_triangular_solve(run: Run, reference: LinearBackend) -> None:
-    """Equal keys, beta near 2 and no decay: the powers of A that cancel would reach 10^25."""
+    """Equal keys, beta near 1 and no decay: powers of A that have to cancel would reach 10^18."""
     geometry = dataclasses.replace(GEOMETRIES["gated_delta_odd"], beta_scale=1.0)
     case = linear_case(geometry, [Span.final(CHUNK, 0, 1)], slots=2)
     case.params["A_log"].fill_(-20.0)

@@ -163,7 +163,10 @@ def setup_logging(service: str, level: str) -> None:
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """Have the kernel send this process SIGTERM when its parent ends, however that ends.
+    """Have the kernel kill this process when its parent ends, however that ends.
+
+    SIGKILL, not SIGTERM: an orderly end is the parent's to ask for, and with it gone there is nobody
+    whose work could still be finished. All memory is anonymous, so nothing is left behind.
 
     The signal is bound to the thread that started this process, not to the parent as a whole: a
     parent must start its children from a thread that lives as long as it does.
@@ -172,7 +175,7 @@ def die_with_parent(parent_pid: int) -> None:
         ServiceFault: the system refuses, or the parent is gone already.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise ServiceFault(f"prctl(PR_SET_PDEATHSIG) failed: {os.strerror(ctypes.get_errno())}")
     # A parent that died before the call above sends nothing; then somebody else has adopted us.
     if os.getppid() != parent_pid:

@@ -10,6 +10,7 @@ middle of a generation to show that nothing is lost.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -27,15 +28,9 @@ from rich.console import Console
 from rich.table import Table
 
 TINY = Path(__file__).resolve().parent.parent / "models" / "tiny"
-PROMPT = '''class Stack:
-    """A list of items; the last one pushed is the first one out."""
-
-    def __init__(self):
-        self.items = []
-
-    def push(self, item):
-'''
-SAMPLING = Sampling(temperature=0.7, top_p=0.9, seed=7)
+PROMPT = '''def read_lines(path, encoding="utf-8"):
+    """Read a file and return its lines."""'''
+SAMPLING = Sampling(temperature=0.7, top_p=0.9, seed=2)
 TOKENS = 72
 KILL_AT = 24
 PAIRS = {"path": 41, "name": 73, "line": 58, "value": 26}
@@ -151,12 +146,13 @@ def survive_kill(cell: Launched, client: Client, expected: tuple[int, ...], cons
 def farewell(settings: Settings, console: Console, seconds: float) -> None:
     """What to try next."""
     model = os.path.relpath(settings.model)
+    braid = "braid" if shutil.which("braid") else os.path.relpath(Path(sys.executable).with_name("braid"))
     console.print()
     console.print(f"{seconds:.1f} s in all; try next:", style="dim")
     for command in (
-        f"braid plan {model}",
-        f'braid generate {model} "import os\\n" --temperature 0.7',
-        f"braid serve {model} --grpc 127.0.0.1:50051     # then, beside it: braid status",
+        f"{braid} plan {model}",
+        f'{braid} generate {model} "def read_lines(path):" --temperature 0.7',
+        f"{braid} serve {model} --grpc 127.0.0.1:50051     # then, beside it: {braid} status",
     ):
         console.print(f"  {command}", markup=False, soft_wrap=True)
 

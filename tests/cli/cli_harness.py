@@ -141,7 +141,8 @@ def eventually(holds: Callable[[], bool], seconds: float = 20.0) -> bool:
 
 
 def named_memory(pid: int) -> list[str]:
-    """What a process has open or mapped that has a name in /dev/shm or /tmp."""
+    """What a process has open or mapped that has a name in /dev/shm or /tmp, but for what is installed."""
+    installed = (sys.prefix, sys.base_prefix, str(Path(__file__).resolve().parents[2]))
     opened = []
     for link in Path(f"/proc/{pid}/fd").iterdir():
         try:
@@ -149,4 +150,5 @@ def named_memory(pid: int) -> list[str]:
         except OSError:
             continue  # closed meanwhile
     mapped = [line.split(maxsplit=5)[-1] for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
-    return [name for name in {*opened, *mapped} if name.startswith(("/dev/shm/", "/tmp/"))]
+    named = [name for name in {*opened, *mapped} if name.startswith(("/dev/shm/", "/tmp/"))]
+    return [name for name in named if not name.startswith(installed)]

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from braid_kernels.errors import BuildError
@@ -22,8 +23,24 @@ from braid_kernels.errors import BuildError
 logger = logging.getLogger(__name__)
 
 SOURCE_DIR = Path(__file__).parent / "cpp"
-SOURCES = ("pool.cpp", "linear.cpp", "mamba1.cpp", "short_conv.cpp", "attention.cpp")
-HEADERS = ("common.h", "spans.h")
+
+
+@dataclass(frozen=True)
+class Library:
+    """A shared library: what it is called, and the files of `cpp/` that it is made of."""
+
+    name: str
+    sources: tuple[str, ...]
+    headers: tuple[str, ...] = ()
+
+
+KERNELS = Library(
+    "braid_kernels",
+    ("pool.cpp", "linear.cpp", "mamba1.cpp", "short_conv.cpp", "attention.cpp"),
+    ("common.h", "spans.h"),
+)
+DOORBELLS = Library("braid_doorbells", ("doorbell.cpp",))
+
 FLAGS = (
     "-O3",
     "-std=c++17",
@@ -80,19 +97,19 @@ def _processor() -> str:
     return platform.machine() + "".join(line for line in lines if line.startswith(keep))
 
 
-def _key(compiler: str) -> str:
+def _key(compiler: str, library: Library) -> str:
     digest = hashlib.sha256()
     version = _run([compiler, "--version"])
     for part in (compiler, version.stdout, " ".join((NATIVE, *FLAGS)), _processor()):
         digest.update(part.encode() + b"\0")
-    for name in (*SOURCES, *HEADERS):
+    for name in (*library.sources, *library.headers):
         digest.update((SOURCE_DIR / name).read_bytes() + b"\0")
     return digest.hexdigest()[:24]
 
 
-def _compile(compiler: str, target: Path) -> None:
+def _compile(compiler: str, sources_of: Library, target: Path) -> None:
     """Compile into `target`; without -march=native where the compiler does not know it."""
-    sources = [str(SOURCE_DIR / name) for name in SOURCES]
+    sources = [str(SOURCE_DIR / name) for name in sources_of.sources]
     base = [compiler, *FLAGS, *sources, "-o", str(target)]
     result = _run([*base, NATIVE])
     if result.returncode and "march" in result.stderr:
@@ -101,18 +118,18 @@ def _compile(compiler: str, target: Path) -> None:
         raise BuildError(f"{compiler} failed with status {result.returncode}", result.stderr.strip())
 
 
-def build() -> Path:
-    """Path of the shared library, compiled now if the cache does not have it. Raises BuildError."""
+def build(wanted: Library = KERNELS) -> Path:
+    """Path of a shared library, compiled now if the cache does not have it. Raises BuildError."""
     compiler = find_compiler()
-    library = cache_dir() / f"braid_kernels-{_key(compiler)}.so"
+    library = cache_dir() / f"{wanted.name}-{_key(compiler, wanted)}.so"
     if library.exists():
         return library
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as scratch:
             fresh = Path(scratch) / library.name
-            logger.info("compiling the CPU kernels with %s into %s", compiler, library)
-            _compile(compiler, fresh)
+            logger.info("compiling %s with %s into %s", wanted.name, compiler, library)
+            _compile(compiler, wanted, fresh)
             fresh.replace(library)  # atomic: a reader sees no library or a whole one
     except OSError as error:
         raise BuildError(f"the cache directory {library.parent} is not usable: {error}") from error

@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
 from braid.v1 import attention_pb2 as pb
 from braid.v1 import common_pb2
-from braid_wire import convert
+from braid_wire import convert, doorbell
 from braid_wire.batch import Batch
 from braid_wire.errors import (
     LayerPlanDisputed,
@@ -25,6 +26,7 @@ from braid_wire.errors import (
 from braid_wire.layers import Kind, LayerPlan, LayerSpec, Role, digest
 from braid_wire.metrics import LayerMetrics, ProcessMetrics
 
+from braid_orchestrator.handover import Handover
 from braid_orchestrator.link import Link, Walk
 from braid_orchestrator.plan_check import check_summary
 from braid_orchestrator.store import Store
@@ -68,6 +70,18 @@ Observer = Callable[[Point, float, float], None]
 """Told of every dispatch: which layer, seconds in the kernel, seconds that the body waited besides."""
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """One layer side, resolved for steps of a fixed number of rows."""
+
+    point: Point
+    index: int
+    """Its place in the service's order."""
+    ticket: pb.Ticket
+    inputs: Mapping[str, torch.Tensor]
+    output: torch.Tensor
+
+
 class Dispatcher:
     """Configures the two services and runs steps on them.
 
@@ -103,7 +117,8 @@ class Dispatcher:
         self._specs: dict[tuple[Role, int], LayerSpec] = {}
         self.totals: dict[Point, LayerTotals] = {}
         self._children: dict[Point, LayerMetrics] = {}
-        self._tickets: dict[tuple[Role, int], dict[tuple[int, Kind], pb.Ticket]] = {}
+        self._handovers: dict[Kind, Handover] = {}
+        self._prepared: dict[tuple[Role, int], dict[tuple[int, Kind], Prepared]] = {}
         for role, plan in store.plans.items():
             for spec in plan:
                 self._specs[role, spec.layer_id] = spec
@@ -166,25 +181,32 @@ class Dispatcher:
         """The open stream to a service; one is opened where there is none."""
         if kind not in self._walks:
             self._walks[kind] = self.links[kind].walk()
+            if self.links[kind].remote and self.descriptions[kind].doorbells and doorbell.available():
+                walk = self._walks[kind]
+                self._handovers[kind] = Handover(self.store, kind, walk, _LAYER_TIMEOUT_S)
         return self._walks[kind]
 
-    def tickets(self, role: Role, rows: int) -> dict[tuple[int, Kind], pb.Ticket]:
-        """(layer id, side) → ticket for steps of so many rows, in plan order."""
-        key = (role, rows)
-        if key not in self._tickets:
-            if len(self._tickets) >= _TICKET_SETS:
-                self._tickets.pop(next(iter(self._tickets)))
-            self._tickets[key] = {
-                (spec.layer_id, side): self._ticket(spec, side, rows)
-                for side in SIDES
-                for spec in self.store.plans[role].side(side)
-            }
-        return self._tickets[key]
+    def handover(self, kind: Kind) -> Handover | None:
+        """The doorbells of the open stream to a service; None where layers go by messages."""
+        return self._handovers.get(kind)
 
-    def record(self, point: Point, mode: str, elapsed_ns: int, timing: common_pb2.Timing) -> None:
+    def prepared(self, role: Role, rows: int) -> dict[tuple[int, Kind], Prepared]:
+        """(layer id, side) → what a step of so many rows needs of it, in plan order."""
+        key = (role, rows)
+        if key not in self._prepared:
+            if len(self._prepared) >= _PREPARED_SETS:
+                self._prepared.pop(next(iter(self._prepared)))
+            self._prepared[key] = {
+                (spec.layer_id, side): self._prepare(role, spec, side, index, rows)
+                for side in SIDES
+                for index, spec in enumerate(self.store.plans[role].side(side))
+            }
+        return self._prepared[key]
+
+    def record(self, point: Point, mode: str, elapsed_ns: int, compute_ns: int) -> None:
         """Count one dispatch: kernel time, and the rest of the time that the body waited."""
-        compute = (timing.finished_ns - timing.started_ns) * 1e-9
-        overhead = max(elapsed_ns * 1e-9 - compute, 0.0)
+        compute = compute_ns * 1e-9
+        overhead = max(elapsed_ns - compute_ns, 0) * 1e-9
         children = self._children[point]
         children.dispatch[mode].inc()
         children.seconds["compute"].observe(compute)
@@ -200,22 +222,27 @@ class Dispatcher:
                 self._ignored.add((side, option))
                 log.info("the %s service has no plan option %s", self.links[side].name, option)
 
-    def _ticket(self, spec: LayerSpec, side: Kind, rows: int) -> pb.Ticket:
+    def _prepare(self, role: Role, spec: LayerSpec, side: Kind, index: int, rows: int) -> Prepared:
         buffers = self.store.buffers(spec, side, rows)
-        return pb.Ticket(
+        ticket = pb.Ticket(
             layer_id=spec.layer_id,
             inputs={name: self.store.view(tensor) for name, tensor in buffers.inputs.items()},
             output=self.store.view(buffers.output),
         )
+        return Prepared((role, spec.layer_id, side), index, ticket, buffers.inputs, buffers.output)
 
     def _forget_walks(self) -> None:
         walks, self._walks = self._walks, {}
+        handovers, self._handovers = self._handovers, {}
+        for handover in handovers.values():
+            handover.release()
         for walk in walks.values():
             walk.close()
 
 
 # Decode steps differ in their number of rows as requests come and go; this many sets are kept.
-_TICKET_SETS = 128
+_PREPARED_SETS = 128
+_LAYER_TIMEOUT_S = 120.0
 
 
 class Step:
@@ -226,16 +253,12 @@ class Step:
         self.summaries: dict[Kind, pb.PlanSummary] = {}
         self._dispatcher = dispatcher
         self._mode = batch.mode
-        self._plan: LayerPlan = dispatcher.store.plans[batch.role]
-        self._tickets = dispatcher.tickets(batch.role, batch.num_tokens)
-        self._left: dict[Kind, list[int]] = {}
-        request = pb.PlanRequest(batch=dispatcher.store.publish(batch), options=dispatcher.plan_options)
-        for side in SIDES:
-            layers = [spec.layer_id for spec in self._plan.side(side)]
-            if layers:
-                self._left[side] = layers
-                self.summaries[side] = self._open(side, request, layers)
-                check_summary(self.summaries[side], batch, side, dispatcher.links[side].name)
+        self._layers = dispatcher.prepared(batch.role, batch.num_tokens)
+        self._next = dict.fromkeys((side for _, side in self._layers), 0)
+        self._ran: dict[tuple[int, Kind], int] = {}
+        """(layer id, side) → nanoseconds that the body waited."""
+        self._times: dict[tuple[int, Kind], common_pb2.Timing] = {}
+        self._plan()
 
     def attend(
         self, layer_id: int, inputs: Mapping[str, torch.Tensor], side: Kind | None = None
@@ -256,13 +279,12 @@ class Step:
             StepOrder: the layer ran already, or one that comes before it did not.
             BraidError: the service refused, or was lost.
         """
-        spec = self._dispatcher.spec(self.batch.role, layer_id)
-        buffers = self._dispatcher.store.buffers(spec, _side(spec, side), self.batch.num_tokens)
-        if inputs.keys() != buffers.inputs.keys():
+        layer = self._layer(layer_id, side)
+        if inputs.keys() != layer.inputs.keys():
             raise ViewInvalid(
-                f"layer {layer_id} takes {sorted(buffers.inputs)}, not {sorted(inputs)}", layer_id=layer_id
+                f"layer {layer_id} takes {sorted(layer.inputs)}, not {sorted(inputs)}", layer_id=layer_id
             )
-        for name, target in buffers.inputs.items():
+        for name, target in layer.inputs.items():
             source = inputs[name]
             if source.shape != target.shape or source.dtype is not target.dtype:
                 raise ViewInvalid(
@@ -272,62 +294,90 @@ class Step:
                     field=name,
                 )
             target.copy_(source)
-        self.run(layer_id, side)
-        return buffers.output
+        self._run(layer)
+        return layer.output
 
     def run(self, layer_id: int, side: Kind | None = None) -> common_pb2.Timing:
-        """As `attend`, for a layer whose input buffers are written already."""
-        dispatcher = self._dispatcher
-        spec = dispatcher.spec(self.batch.role, layer_id)
-        side = _side(spec, side)
-        index = self._take(layer_id, side)
-        began = time.monotonic_ns()
-        timing = self._send(side, layer_id, index)
-        elapsed = time.monotonic_ns() - began
-        dispatcher.record((self.batch.role, layer_id, side), self._mode, elapsed, timing)
-        return timing
+        """As `attend`, for a layer whose input buffers are written already; when it ran."""
+        layer = self._layer(layer_id, side)
+        self._run(layer)
+        return self._timing(layer)
 
     def finish(self) -> None:
-        """Close the step.
+        """Close the step and count its layers.
 
         Raises:
             StepOrder: a layer of the plan has not run.
         """
-        left = {side.value: layers for side, layers in self._left.items() if layers}
+        left = [f"{side.value} {layer_id}" for layer_id, side in self._layers.keys() - self._ran.keys()]
         if left:
-            raise StepOrder(f"the step ends but layers have not run: {left}")
+            raise StepOrder(f"the step ends but layers have not run: {', '.join(sorted(left))}")
+        for key, elapsed in self._ran.items():
+            timing = self._timing(self._layers[key])
+            compute = timing.finished_ns - timing.started_ns
+            self._dispatcher.record(self._layers[key].point, self._mode, elapsed, compute)
         if self._dispatcher.dispatch is Dispatch.WALK:
             close = pb.WalkRequest(close=pb.CloseStep(step=self.batch.step, lane=self.batch.lane))
-            for side in self._left:
-                self._dispatcher.walk(side).post(close)
+            for side in self._next:
+                self._dispatcher.walk(side).send(close)
 
-    def _open(self, side: Kind, request: pb.PlanRequest, layers: list[int]) -> pb.PlanSummary:
-        dispatcher = self._dispatcher
+    def _plan(self) -> None:
+        """Have every service that has layers of this role plan the batch, all at the same time."""
+        dispatcher, batch = self._dispatcher, self.batch
         began = time.monotonic()
-        if dispatcher.dispatch is Dispatch.RPC:
-            summary = dispatcher.links[side].plan(request).summary
-        else:
-            tickets = [self._tickets[layer_id, side] for layer_id in layers]
-            message = pb.WalkRequest(open=pb.OpenStep(plan=request, tickets=tickets))
-            summary = dispatcher.walk(side).call(message).opened.summary
+        request = pb.PlanRequest(batch=dispatcher.store.publish(batch), options=dispatcher.plan_options)
+        if dispatcher.dispatch is Dispatch.WALK:
+            for side in self._next:
+                dispatcher.walk(side).send(pb.WalkRequest(open=self._opening(side, request)))
+        for side in self._next:
+            if dispatcher.dispatch is Dispatch.WALK:
+                summary = dispatcher.walk(side).receive().opened.summary
+            else:
+                summary = dispatcher.links[side].plan(request).summary
+            self.summaries[side] = summary
+            check_summary(summary, batch, side, dispatcher.links[side].name)
+            dispatcher.note_ignored(side, summary.ignored_options)
         dispatcher.metrics.plan_seconds.observe(time.monotonic() - began)
-        dispatcher.note_ignored(side, summary.ignored_options)
-        return summary
 
-    def _take(self, layer_id: int, side: Kind) -> int:
-        """Mark a layer as run and give its position in the service's order."""
-        left = self._left[side]
-        if layer_id not in left:
+    def _opening(self, side: Kind, request: pb.PlanRequest) -> pb.OpenStep:
+        tickets = [layer.ticket for (_, at), layer in self._layers.items() if at is side]
+        handover = self._dispatcher.handover(side)
+        bells = handover.begin(len(tickets)) if handover is not None else None
+        return pb.OpenStep(plan=request, tickets=tickets, doorbells=bells)
+
+    def _layer(self, layer_id: int, side: Kind | None) -> Prepared:
+        """The layer, which must be due."""
+        if side is None or (layer_id, side) not in self._layers:
+            side = _side(self._dispatcher.spec(self.batch.role, layer_id), side)
+        layer = self._layers[layer_id, side]
+        if (layer_id, side) in self._ran:
             raise StepOrder(f"layer {layer_id} ({side.value}) ran already in this step", layer_id=layer_id)
-        index = len(self._plan.side(side)) - len(left)
-        if self._dispatcher.dispatch is Dispatch.WALK and left[0] != layer_id:
-            raise StepOrder(
-                f"layer {layer_id} ({side.value}) is not the next one; {left[0]} is", layer_id=layer_id
-            )
-        left.remove(layer_id)
-        return index
+        if self._dispatcher.dispatch is Dispatch.WALK and layer.index != self._next[side]:
+            raise StepOrder(f"layer {layer_id} ({side.value}) is not the next one", layer_id=layer_id)
+        return layer
 
-    def _send(self, side: Kind, layer_id: int, index: int) -> common_pb2.Timing:
+    def _run(self, layer: Prepared) -> None:
+        _, layer_id, side = layer.point
+        began = time.monotonic_ns()
+        handover = self._dispatcher.handover(side)
+        if handover is not None:
+            handover.run(layer.index)
+        else:
+            self._times[layer_id, side] = self._send(side, layer)
+        self._ran[layer_id, side] = time.monotonic_ns() - began
+        self._next[side] += 1
+
+    def _timing(self, layer: Prepared) -> common_pb2.Timing:
+        """When a layer ran, by the service."""
+        _, layer_id, side = layer.point
+        handover = self._dispatcher.handover(side)
+        if handover is None:
+            return self._times[layer_id, side]
+        received, started, finished = handover.times(layer.index)
+        return common_pb2.Timing(received_ns=received, started_ns=started, finished_ns=finished)
+
+    def _send(self, side: Kind, layer: Prepared) -> common_pb2.Timing:
+        """Have a layer run by a message."""
         dispatcher, batch = self._dispatcher, self.batch
         if dispatcher.dispatch is Dispatch.RPC:
             request = pb.AttendRequest(
@@ -335,12 +385,12 @@ class Step:
                 epoch=batch.epoch,
                 step=batch.step,
                 lane=batch.lane,
-                ticket=self._tickets[layer_id, side],
+                ticket=layer.ticket,
             )
             return dispatcher.links[side].attend(request).timing
-        run = pb.RunTicket(step=batch.step, lane=batch.lane, index=index)
+        run = pb.RunTicket(step=batch.step, lane=batch.lane, index=layer.index)
         answer = dispatcher.walk(side).call(pb.WalkRequest(run=run))
-        if answer.step != batch.step or answer.lane != batch.lane or answer.done.index != index:
+        if answer.step != batch.step or answer.lane != batch.lane or answer.done.index != layer.index:
             raise StepOrder(f"the {side.value} service answered for step {answer.step}, not {batch.step}")
         return answer.done.timing
 

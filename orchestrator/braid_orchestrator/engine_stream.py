@@ -89,11 +89,14 @@ class EngineStream:
         spans = self._spans(role, begin)
         self._open, self._step = self._enter(role, spans)
         batch = self._step.batch
-        tickets = self._cell.dispatcher.tickets(role, batch.num_tokens)
+        layers = self._cell.dispatcher.prepared(role, batch.num_tokens)
         return pb.EngineOpened(
             step=batch.step,
             arenas=[self._cell.store.activations()],
-            tickets=[pb.EngineTicket(side=convert.KINDS[side], ticket=t) for (_, side), t in tickets.items()],
+            tickets=[
+                pb.EngineTicket(side=convert.KINDS[side], ticket=layer.ticket)
+                for (_, side), layer in layers.items()
+            ],
             summary=self._step.summaries.get(Kind.FULL),
         )
 

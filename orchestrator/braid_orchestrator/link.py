@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import queue
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable
 from typing import TypeVar
 
 import grpc
@@ -12,7 +14,7 @@ from braid.v1 import attention_pb2 as pb
 from braid.v1 import attention_pb2_grpc
 from braid_wire import rpc
 from braid_wire.attention_host import AttentionHost
-from braid_wire.errors import ServiceLost, StepOrder, from_rpc_error, from_status
+from braid_wire.errors import BraidError, ServiceLost, StepOrder, StepTimeout, from_rpc_error, from_status
 from braid_wire.layers import Kind
 
 Response = TypeVar("Response")
@@ -22,24 +24,36 @@ class Walk(ABC):
     """A stream of steps to one service; every message but a close has one answer."""
 
     @abstractmethod
-    def call(self, request: pb.WalkRequest) -> pb.WalkResponse:
-        """Send a message and wait for its answer.
+    def send(self, request: pb.WalkRequest) -> None:
+        """Send a message."""
+
+    @abstractmethod
+    def receive(self) -> pb.WalkResponse:
+        """Wait for the answer to the oldest message that has none yet.
 
         Raises:
             BraidError: the service refused it (the stream lives on), or was lost.
         """
 
     @abstractmethod
-    def post(self, request: pb.WalkRequest) -> None:
-        """Send a message that has no answer."""
+    def check(self) -> None:
+        """Raise what the service has said unasked: why a step failed, or that it was lost."""
 
     @abstractmethod
     def close(self) -> None:
         """End the stream."""
 
+    def call(self, request: pb.WalkRequest) -> pb.WalkResponse:
+        """Send a message and wait for its answer; raises as `receive`."""
+        self.send(request)
+        return self.receive()
+
 
 class Link(ABC):
     """One service: `kind` is FULL or LINEAR, `name` is for people."""
+
+    remote: bool
+    """Whether it is another process, so that handing over a layer takes a message or a doorbell."""
 
     def __init__(self, kind: Kind, address: str) -> None:
         self.kind = kind
@@ -84,6 +98,8 @@ class RemoteLink(Link):
         timeout_s: longest time that one call may take.
     """
 
+    remote = True
+
     def __init__(self, kind: Kind, address: str, timeout_s: float = 120.0) -> None:
         super().__init__(kind, address)
         self._timeout = timeout_s
@@ -108,7 +124,7 @@ class RemoteLink(Link):
         return self._call(self._stub.Attend, request)
 
     def walk(self) -> Walk:
-        return _RemoteWalk(self._stub, self.peer)
+        return _RemoteWalk(self._stub, self.peer, self._timeout)
 
     def wait_ready(self, timeout_s: float) -> None:
         try:
@@ -129,33 +145,59 @@ class RemoteLink(Link):
 
 
 class _RemoteWalk(Walk):
-    def __init__(self, stub: attention_pb2_grpc.AttentionServiceStub, peer: str) -> None:
+    """A stream whose answers a thread of its own collects, so that waiting for one has a limit."""
+
+    def __init__(self, stub: attention_pb2_grpc.AttentionServiceStub, peer: str, timeout_s: float) -> None:
         self._peer = peer
+        self._timeout = timeout_s
         self._outbox: queue.SimpleQueue[pb.WalkRequest | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[pb.WalkResponse | BraidError] = queue.SimpleQueue()
         self._responses = stub.Walk(iter(self._outbox.get, None))
+        threading.Thread(target=self._read, name="walk", daemon=True).start()
 
-    def call(self, request: pb.WalkRequest) -> pb.WalkResponse:
+    def send(self, request: pb.WalkRequest) -> None:
         self._outbox.put(request)
+
+    def receive(self) -> pb.WalkResponse:
         try:
-            response: pb.WalkResponse = next(self._responses)
-        except StopIteration:
-            raise ServiceLost(f"{self._peer} ended the walk", peer=self._peer) from None
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, self._peer) from error
-        if response.HasField("failed"):
-            raise from_status(response.failed)
-        return response
+            return self._take(self._inbox.get(timeout=self._timeout))
+        except queue.Empty:
+            raise StepTimeout(
+                f"{self._peer} said nothing for {self._timeout:.0f} s", peer=self._peer
+            ) from None
 
-    def post(self, request: pb.WalkRequest) -> None:
-        self._outbox.put(request)
+    def check(self) -> None:
+        try:
+            self._take(self._inbox.get_nowait())
+        except queue.Empty:
+            return
+        raise StepOrder(f"{self._peer} answered without being asked", peer=self._peer)
 
     def close(self) -> None:
         self._outbox.put(None)
         self._responses.cancel()
 
+    def _take(self, item: pb.WalkResponse | BraidError) -> pb.WalkResponse:
+        if isinstance(item, BraidError):
+            self._inbox.put(item)  # a stream that broke stays broken
+            raise item
+        if item.HasField("failed"):
+            raise from_status(item.failed)
+        return item
+
+    def _read(self) -> None:
+        try:
+            for response in self._responses:
+                self._inbox.put(response)
+            self._inbox.put(ServiceLost(f"{self._peer} ended the walk", peer=self._peer))
+        except grpc.RpcError as error:
+            self._inbox.put(from_rpc_error(error, self._peer))
+
 
 class EmbeddedLink(Link):
     """A service's host in this process: the same contract without a process boundary."""
+
+    remote = False
 
     def __init__(self, kind: Kind, host: AttentionHost) -> None:
         super().__init__(kind, "embedded")
@@ -186,19 +228,21 @@ class EmbeddedLink(Link):
 class _EmbeddedWalk(Walk):
     def __init__(self, host: AttentionHost) -> None:
         self._walk = host.open_walk()
+        self._answers: deque[pb.WalkResponse] = deque()
 
-    def call(self, request: pb.WalkRequest) -> pb.WalkResponse:
-        answers: Iterator[pb.WalkResponse] = iter(self._walk.handle(request))
-        response = next(answers, None)
-        if response is None:
+    def send(self, request: pb.WalkRequest) -> None:
+        self._answers.extend(self._walk.handle(request))
+
+    def receive(self) -> pb.WalkResponse:
+        if not self._answers:
             raise StepOrder("a walk message that needs an answer had none")
+        response = self._answers.popleft()
         if response.HasField("failed"):
             raise from_status(response.failed)
         return response
 
-    def post(self, request: pb.WalkRequest) -> None:
-        for _ in self._walk.handle(request):
-            raise StepOrder("a walk message without an answer had one")
+    def check(self) -> None:
+        return
 
     def close(self) -> None:
-        return
+        self._walk.close()

@@ -16,11 +16,14 @@ from braid.v1 import common_pb2
 from braid_wire import convert, dtypes
 from braid_wire.arena import ALIGNMENT, Allocator, Arena, ArenaOwner
 from braid_wire.batch import SHARED_DTYPES, Batch
+from braid_wire.doorbell import BELL_BYTES
 from braid_wire.errors import BatchInvalid, ConfigInvalid, ViewInvalid
 from braid_wire.layers import Kind, LayerPlan, LayerSpec, Role
 from braid_wire.views import view_of
 
 from braid_orchestrator.memory import Pool, RoleMemory
+
+_BELLS = 1024
 
 LayerParams = Mapping[tuple[Role, int], Mapping[str, torch.Tensor]]
 """(role, layer id) → parameter name → tensor, for the layers that have any."""
@@ -68,6 +71,25 @@ class Buffers:
     output: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Bells:
+    """The memory of one walk's doorbells, and of the times that the service writes."""
+
+    request: torch.Tensor  # uint8 [64]
+    done: torch.Tensor  # uint8 [64]
+    timings: torch.Tensor  # int64 [most tickets, 3]
+    arena: Arena
+
+    def message(self, base: int, tickets: int) -> pb.Doorbells:
+        """The message that names them, for a step of so many tickets."""
+        return pb.Doorbells(
+            request=view_of(self.request, self.arena),
+            done=view_of(self.done, self.arena),
+            base=base,
+            timings=view_of(self.timings[:tickets], self.arena),
+        )
+
+
 class Store:
     """Makes and lays out the arenas of a cell.
 
@@ -103,6 +125,8 @@ class Store:
         self._activations: dict[object, Buffers] = {}
         self._activation_arena = self._make_activations()
         self._metadata = Allocator(self._arena(self._metadata_bytes(), "metadata"))
+        self._bells, self._timings = self._make_bells()
+        self._bells_given = 0
 
     def buffers(self, spec: LayerSpec, side: Kind, rows: int) -> Buffers:
         """The first `rows` rows of the buffers of one layer side.
@@ -123,6 +147,19 @@ class Store:
     def view(self, tensor: torch.Tensor) -> common_pb2.TensorView:
         """The message that names an activation buffer."""
         return view_of(tensor, self._activation_arena)
+
+    def bells(self, kind: Kind) -> Bells:
+        """Doorbells for a new walk to the service of one kind, at zero.
+
+        They are used again only after hundreds of walks, so that a writer of an older epoch that is
+        late by all of those is needed to disturb one.
+        """
+        index = 2 * (self._bells_given % (len(self._bells) // 2))
+        self._bells_given += 1
+        request, done = self._bells[index], self._bells[index + 1]
+        request.zero_()
+        done.zero_()
+        return Bells(request, done, self._timings[kind], self._bell_arena)
 
     def publish(self, batch: Batch) -> pb.Batch:
         """Put a batch's arrays into shared memory and name them in a message.
@@ -287,6 +324,15 @@ class Store:
                 allocator.empty((rows, *geometry.output()), dtype),
             )
         return arena
+
+    def _make_bells(self) -> tuple[torch.Tensor, dict[Kind, torch.Tensor]]:
+        """uint8 [bells, 64], and int64 [most tickets, 3] of each kind."""
+        most = max(len(plan) for plan in self.plans.values())
+        bells, times = ((_BELLS, BELL_BYTES), torch.uint8), ((most, 3), torch.int64)
+        self._bell_arena = self._arena(_bytes([bells, times, times]), "doorbells")
+        allocator = Allocator(self._bell_arena)
+        found = allocator.empty(*bells)
+        return found, {kind: allocator.empty(*times) for kind in (Kind.FULL, Kind.LINEAR)}
 
     def _metadata_bytes(self) -> int:
         limits = self.limits

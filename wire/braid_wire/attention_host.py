@@ -15,10 +15,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from braid.v1 import attention_pb2, common_pb2
 
-from braid_wire import attention_config, convert
+from braid_wire import attention_config, convert, doorbell
 from braid_wire.attention_config import Configuration, ReadyTicket, RoleLayers
 from braid_wire.attention_core import AttentionCore, LayerRunner, PlannedBatch
 from braid_wire.batch import PAGE_FIELDS, SHARED_DTYPES, STATE_FIELDS, check, mode_label
@@ -29,9 +31,11 @@ from braid_wire.errors import (
     ConfigInvalid,
     EpochStale,
     LayerPlanDisputed,
+    MechanismUnsupported,
     NotConfigured,
     PlanMissing,
     ServiceFault,
+    StepAborted,
     StepOrder,
     ViewInvalid,
     to_status,
@@ -49,6 +53,8 @@ log = logging.getLogger(__name__)
 _KERNEL_LOCK = threading.Lock()
 
 _LANES = 2
+# Behind the slowest body between two layers; a peer that is gone is noticed long before.
+_LONGEST_WAIT_S = 3600.0
 _MAX_TICKETS = 8192
 
 _Work = Callable[[], attention_pb2.WalkResponse]
@@ -108,6 +114,7 @@ class AttentionHost:
         """What this service is and can do. Never fails."""
         response = self._core.describe()
         response.pid, response.epoch = os.getpid(), self._epoch
+        response.doorbells = doorbell.available()
         return response
 
     def configure(self, request: attention_pb2.ConfigureRequest) -> attention_pb2.ConfigureResponse:
@@ -293,6 +300,12 @@ class AttentionHost:
 
     def _run(self, step: _Step, ticket: ReadyTicket, received: int) -> common_pb2.Timing:
         """Run one layer; `received` is CLOCK_MONOTONIC, nanoseconds."""
+        started, finished = self._execute(step, ticket)
+        self._note(step, ticket, received, started, finished)
+        return common_pb2.Timing(received_ns=received, started_ns=started, finished_ns=finished)
+
+    def _execute(self, step: _Step, ticket: ReadyTicket) -> tuple[int, int]:
+        """Run one layer; when it started and finished, nanoseconds of CLOCK_MONOTONIC."""
         layer = ticket.layer
         with _KERNEL_LOCK:
             self._expect_live(step)
@@ -302,11 +315,14 @@ class AttentionHost:
             except Exception as error:
                 name = f"{step.role.value} layer {layer.spec.layer_id} ({layer.geometry.mechanism})"
                 raise self._typed(error, name) from error
-            finished = time.monotonic_ns()
-        layer.metrics.dispatch[step.mode].inc()
-        layer.metrics.seconds["queue"].observe((started - received) * 1e-9)
-        layer.metrics.seconds["compute"].observe((finished - started) * 1e-9)
-        return common_pb2.Timing(received_ns=received, started_ns=started, finished_ns=finished)
+            return started, time.monotonic_ns()
+
+    def _note(self, step: _Step, ticket: ReadyTicket, received: int, started: int, finished: int) -> None:
+        """Count one layer."""
+        metrics = ticket.layer.metrics
+        metrics.dispatch[step.mode].inc()
+        metrics.seconds["queue"].observe((started - received) * 1e-9)
+        metrics.seconds["compute"].observe((finished - started) * 1e-9)
 
     def _expect_live(self, step: _Step) -> None:
         """Under the kernel lock: the step's epoch runs, and no later plan has its role and lane."""
@@ -330,12 +346,23 @@ class AttentionHost:
         return ServiceFault(f"{doing}: {type(error).__name__}: {error}")
 
 
+@dataclass(frozen=True)
+class _Bells:
+    """How the layers of a step are handed over."""
+
+    request: doorbell.Doorbell
+    done: doorbell.Doorbell
+    base: int
+    timings: npt.NDArray[np.int64]  # [tickets, 3]
+
+
 class _OpenStep:
     """A step of a walk: its tickets, and which one is next."""
 
-    def __init__(self, step: _Step, tickets: tuple[ReadyTicket, ...]) -> None:
+    def __init__(self, step: _Step, tickets: tuple[ReadyTicket, ...], bells: _Bells | None) -> None:
         self.step = step
         self.tickets = tickets
+        self.bells = bells
         self.next = 0
 
 
@@ -345,6 +372,7 @@ class Walk:
     def __init__(self, host: AttentionHost) -> None:
         self._host = host
         self._open: dict[tuple[int, int], _OpenStep] = {}
+        self._followed: tuple[int, int] | None = None
 
     @property
     def idle(self) -> bool:
@@ -369,6 +397,30 @@ class Walk:
             return iter(())
         return self._answer((0, 0), _refuse_empty)
 
+    def follow(self, check: Callable[[], None]) -> Iterator[attention_pb2.WalkResponse]:
+        """Run the layers of a step that has doorbells, as they ring; the last `open` said which.
+
+        Gives no answer, or one that says why the step failed. Returns at once where there is no such
+        step.
+
+        Args:
+            check: called every now and then; raises where the peer is gone.
+        """
+        key, self._followed = self._followed, None
+        opened = self._open.get(key) if key is not None else None
+        if key is None or opened is None or opened.bells is None:
+            return iter(())
+        try:
+            self._run_by_bells(opened, opened.bells, check)
+            return iter(())
+        except BraidError as error:
+            failure = error
+        except Exception as error:
+            log.exception("step %d, lane %d failed by our own fault", *key)
+            failure = ServiceFault(f"{type(error).__name__}: {error}")
+        opened.bells.done.fail()
+        return self._failed(key, failure)
+
     def close(self) -> None:
         """Forget every open step: the peer is gone."""
         for key in list(self._open):
@@ -383,9 +435,34 @@ class Walk:
         except Exception as error:
             log.exception("step %d, lane %d failed by our own fault", *key)
             failure = ServiceFault(f"{type(error).__name__}: {error}")
+        return self._failed(key, failure)
+
+    def _failed(self, key: tuple[int, int], failure: BraidError) -> Iterator[attention_pb2.WalkResponse]:
+        """Close a step that failed; the answer that says why."""
         self._drop(key)
         self._host.metrics.refused(failure.reason)
         return iter((attention_pb2.WalkResponse(step=key[0], lane=key[1], failed=to_status(failure)),))
+
+    def _run_by_bells(self, opened: _OpenStep, bells: _Bells, check: Callable[[], None]) -> None:
+        """Run every ticket of a step when its bell rings; count them when all are through."""
+        host, step = self._host, opened.step
+
+        def look() -> None:
+            check()
+            host._expect_live(step)
+
+        for index, ticket in enumerate(opened.tickets):
+            value = bells.base + index + 1
+            bells.request.wait(value, look, _LONGEST_WAIT_S)
+            received = time.monotonic_ns()
+            if bells.request.failed:
+                raise StepAborted(f"step {step.step}, lane {step.lane} was given up")
+            started, finished = host._execute(step, ticket)
+            bells.timings[index] = received, started, finished
+            bells.done.ring(value)
+        opened.next = len(opened.tickets)
+        for ticket, times in zip(opened.tickets, bells.timings.tolist(), strict=True):
+            host._note(step, ticket, *times)
 
     def _open_step(self, request: attention_pb2.OpenStep) -> attention_pb2.WalkResponse:
         batch = request.plan.batch
@@ -395,6 +472,7 @@ class Walk:
         step, response = self._host._plan(request.plan)
         try:
             tickets = _resolve_tickets(step, request.tickets)
+            bells = _resolve_bells(step, request.doorbells) if request.HasField("doorbells") else None
         except BaseException:
             self._host._forget(step)
             raise
@@ -404,7 +482,8 @@ class Walk:
         ]
         for at in replaced:
             del self._open[at]
-        self._open[key] = _OpenStep(step, tickets)
+        self._open[key] = _OpenStep(step, tickets, bells)
+        self._followed = key
         return attention_pb2.WalkResponse(step=key[0], lane=key[1], opened=response)
 
     def _run_ticket(self, run: attention_pb2.RunTicket, received: int) -> attention_pb2.WalkResponse:
@@ -468,6 +547,19 @@ def _snapshot(batch: attention_pb2.Batch, layers: RoleLayers, arenas: ArenaMap) 
         tensor = arenas.expect(getattr(batch, name), name, SHARED_DTYPES[name], shapes[name])
         arrays[name] = tensor.clone(memory_format=torch.contiguous_format)
     return arrays
+
+
+def _resolve_bells(step: _Step, given: attention_pb2.Doorbells) -> _Bells:
+    """The counters of a step, checked like every other view."""
+    if not doorbell.available():
+        raise MechanismUnsupported("this service has no doorbells; send `run` messages")
+    arenas, tickets = step.configuration.arenas, len(step.layers.layers)
+    bells = [
+        doorbell.Doorbell(arenas.expect(view, name, torch.uint8, (doorbell.BELL_BYTES,)))
+        for name, view in (("request", given.request), ("done", given.done))
+    ]
+    timings = arenas.expect(given.timings, "timings", torch.int64, (tickets, 3))
+    return _Bells(bells[0], bells[1], given.base, timings.numpy())
 
 
 def _resolve_tickets(step: _Step, tickets: Sequence[attention_pb2.Ticket]) -> tuple[ReadyTicket, ...]:

@@ -16,7 +16,7 @@ from braid.v1 import attention_pb2, attention_pb2_grpc
 
 from braid_wire.attention_core import AttentionCore
 from braid_wire.attention_host import AttentionHost, Walk
-from braid_wire.errors import BraidError, ServiceFault
+from braid_wire.errors import BraidError, ServiceFault, ServiceLost
 from braid_wire.metrics import ProcessMetrics, versions
 from braid_wire.process import (
     EXIT_FAULT,
@@ -71,6 +71,7 @@ class AttentionServicer(attention_pb2_grpc.AttentionServiceServicer):
         try:
             for request in request_iterator:
                 yield from walk.handle(request)
+                yield from walk.follow(lambda: _expect_active(context))
                 if self._draining and walk.idle:
                     return
         finally:
@@ -85,6 +86,11 @@ class AttentionServicer(attention_pb2_grpc.AttentionServiceServicer):
             idle = [context for context, walk in self._walks.items() if walk.idle]
         for context in idle:
             context.cancel()
+
+
+def _expect_active(context: grpc.ServicerContext) -> None:
+    if not context.is_active():
+        raise ServiceLost("the orchestrator is gone")
 
 
 class RunningService:

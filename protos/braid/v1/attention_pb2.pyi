@@ -134,6 +134,7 @@ class DescribeResponse(_message.Message):
     VERSIONS_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    DOORBELLS_FIELD_NUMBER: _builtins.int
     kind: _common_pb2.Kind.ValueType
     """KIND_FULL or KIND_LINEAR."""
     backend: _builtins.str
@@ -152,6 +153,8 @@ class DescribeResponse(_message.Message):
     """Operating-system process id."""
     epoch: _builtins.int
     """Current epoch; 0: not configured."""
+    doorbells: _builtins.bool
+    """Whether steps of a walk may be handed over by doorbells."""
     @_builtins.property
     def mechanisms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Mechanisms it runs ("gqa", "gated_delta", …)."""
@@ -184,10 +187,11 @@ class DescribeResponse(_message.Message):
         versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         pid: _builtins.int = ...,
         epoch: _builtins.int = ...,
+        doorbells: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "chunked_prefix", b"chunked_prefix", "devices", b"devices", "dtypes", b"dtypes", "epoch", b"epoch", "graphs", b"graphs", "kind", b"kind", "max_tokens", b"max_tokens", "mechanisms", b"mechanisms", "pid", b"pid", "planning", b"planning", "ragged", b"ragged", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "chunked_prefix", b"chunked_prefix", "devices", b"devices", "doorbells", b"doorbells", "dtypes", b"dtypes", "epoch", b"epoch", "graphs", b"graphs", "kind", b"kind", "max_tokens", b"max_tokens", "mechanisms", b"mechanisms", "pid", b"pid", "planning", b"planning", "ragged", b"ragged", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -892,6 +896,7 @@ class OpenStep(_message.Message):
 
     PLAN_FIELD_NUMBER: _builtins.int
     TICKETS_FIELD_NUMBER: _builtins.int
+    DOORBELLS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def plan(self) -> Global___PlanRequest:
         """As for Plan."""
@@ -902,19 +907,70 @@ class OpenStep(_message.Message):
         the role's accepted plan once, or in another order: FAILED_PRECONDITION LAYER_PLAN_DISPUTED.
         """
 
+    @_builtins.property
+    def doorbells(self) -> Global___Doorbells:
+        """How layers are handed over; unset: by `run` messages and `done` answers."""
+
     def __init__(
         self,
         *,
         plan: Global___PlanRequest | None = ...,
         tickets: _abc.Iterable[Global___Ticket] | None = ...,
+        doorbells: Global___Doorbells | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["doorbells", b"doorbells", "plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "tickets", b"tickets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["doorbells", b"doorbells", "plan", b"plan", "tickets", b"tickets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___OpenStep: _TypeAlias = OpenStep  # noqa: Y015
+
+@_typing.final
+class Doorbells(_message.Message):
+    """Counters in shared memory that hand layers over. The service runs ticket i (from 0) once `request`
+    is at least base + i + 1, writes its timing, and sets `done` to base + i + 1. A step that fails sets
+    the highest bit of `done`, and `failed` says why. Memory that is no bell is INVALID_ARGUMENT
+    VIEW_INVALID; a service without doorbells answers UNIMPLEMENTED MECHANISM_UNSUPPORTED.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    BASE_FIELD_NUMBER: _builtins.int
+    TIMINGS_FIELD_NUMBER: _builtins.int
+    base: _builtins.int
+    """Where both counters stand before the first ticket."""
+    @_builtins.property
+    def request(self) -> _common_pb2.TensorView:
+        """uint8 [64], 64-byte aligned: written by the orchestrator. Its highest bit ends the step."""
+
+    @_builtins.property
+    def done(self) -> _common_pb2.TensorView:
+        """uint8 [64], 64-byte aligned: written by the service."""
+
+    @_builtins.property
+    def timings(self) -> _common_pb2.TensorView:
+        """int64 [tickets, 3]: received, started and finished of each, nanoseconds of CLOCK_MONOTONIC;
+        written by the service before it sets `done`.
+        """
+
+    def __init__(
+        self,
+        *,
+        request: _common_pb2.TensorView | None = ...,
+        done: _common_pb2.TensorView | None = ...,
+        base: _builtins.int = ...,
+        timings: _common_pb2.TensorView | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "request", b"request", "timings", b"timings"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "done", b"done", "request", b"request", "timings", b"timings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Doorbells: _TypeAlias = Doorbells  # noqa: Y015
 
 @_typing.final
 class RunTicket(_message.Message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,8 +32,8 @@ class Walker:
         body: the model without its attention.
         dispatcher: leads its layers to the services.
         metrics: of this process.
-        recovery_s: longest wait for a lost service before the step fails.
-        replays: times that one step is run again.
+        recovery_s: longest time from a step's first loss until it fails.
+        replays: times that one step is run again; a step that itself ends a service is given up then.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Walker:
         dispatcher: Dispatcher,
         metrics: CellMetrics,
         recovery_s: float = 60.0,
-        replays: int = 3,
+        replays: int = 10,
     ) -> None:
         self.dispatcher = dispatcher
         self.recovering = False
@@ -93,14 +94,21 @@ class Walker:
         )
 
     def _replayed(self, role: Role, spans: Sequence[Span], walk: Callable[[Staged, Step], Output]) -> Output:
+        """Run a step; after a loss, recover and run it again, for a while and a number of times."""
         with self._lock:
+            lost: Exception | None = None
+            deadline = math.inf
             for attempt in range(self._max_replays + 1):
                 try:
+                    if lost is not None:
+                        # Another loss while this one is mended is a loss like any other.
+                        self.recover(lost, deadline - time.monotonic())
                     return self._walked(role, spans, walk)
                 except RECOVERABLE as error:
-                    if attempt == self._max_replays:
+                    deadline = min(deadline, time.monotonic() + self._recovery_s)
+                    if attempt == self._max_replays or time.monotonic() >= deadline:
                         raise
-                    self.recover(error)
+                    lost = error
             raise ServiceLost("the step was not run")
 
     def _walked(self, role: Role, spans: Sequence[Span], walk: Callable[[Staged, Step], Output]) -> Output:
@@ -132,8 +140,12 @@ class Walker:
         with self._lock:
             yield
 
-    def recover(self, error: Exception) -> None:
+    def recover(self, error: Exception, timeout_s: float | None = None) -> None:
         """Wait for the services and configure them again; callers keep other steps out.
+
+        Args:
+            error: what was lost, for the log.
+            timeout_s: longest wait; None: as long as for a step.
 
         Raises:
             ServiceLost: one did not come back in time.
@@ -141,7 +153,7 @@ class Walker:
         log.warning("step %d is replayed: %s", self.steps, error)
         self.recovering = True
         try:
-            self.dispatcher.connect(self._recovery_s)
+            self.dispatcher.connect(self._recovery_s if timeout_s is None else max(timeout_s, 0.1))
         finally:
             self.recovering = False
         self.replays += 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
@@ -45,7 +46,7 @@ class Mode(Enum):
 
 
 @dataclass(frozen=True)
-class Geometry:
+class Geometry(ABC):
     """Base of all geometries: sizes are positive integers unless a field says otherwise."""
 
     mechanism: ClassVar[str]
@@ -64,13 +65,13 @@ class Geometry:
             if isinstance(value, float) and math.isnan(value):
                 raise ConfigInvalid(f"{self.mechanism}.{item.name} is NaN", field=item.name)
 
+    @abstractmethod
     def inputs(self) -> Mapping[str, Shape]:
         """Name → shape per token (without the leading T) of what the layer takes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def output(self) -> Shape:
         """Shape per token (without the leading T) of what the layer gives."""
-        raise NotImplementedError
 
     def params(self) -> Mapping[str, Shape]:
         """Name → shape of the static parameters that go to the service."""
@@ -87,9 +88,9 @@ class FullGeometry(Geometry):
 
     kind: ClassVar[Kind] = Kind.FULL
 
+    @abstractmethod
     def caches(self) -> Mapping[str, Shape]:
         """Name → shape per position (without [num_pages, page_size]) of what lies in the pages."""
-        raise NotImplementedError
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes that one position takes in the pages of one layer."""
@@ -102,9 +103,9 @@ class LinearGeometry(Geometry):
 
     kind: ClassVar[Kind] = Kind.LINEAR
 
+    @abstractmethod
     def state(self) -> Shape | None:
         """Shape of one recurrent state (without [num_slots]); None where there is none."""
-        raise NotImplementedError
 
     def conv(self) -> Shape | None:
         """Shape [C, K-1] of one conv state (without [num_slots]); None where there is no conv."""

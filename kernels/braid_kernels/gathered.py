@@ -190,7 +190,15 @@ class _Payload:
     places: list[Places]
 
 
-class DirectFullBackend(FullBackend):
+class _GatheredBackend(FullBackend):
+    """The kernel that both backends below share; they differ in whether they plan it."""
+
+    def layer(self, layer: FullLayer) -> FullKernel:
+        self.capabilities.check(layer.geometry.mechanism)
+        return GatheredKernel(layer, self.capabilities.planning)
+
+
+class DirectFullBackend(_GatheredBackend):
     """gqa and mla, span by span; plans nothing and has no option."""
 
     name = "direct"
@@ -203,10 +211,6 @@ class DirectFullBackend(FullBackend):
         dtypes=frozenset({torch.float32, torch.bfloat16}),
     )
 
-    def layer(self, layer: FullLayer) -> FullKernel:
-        self.capabilities.check(layer.geometry.mechanism)
-        return GatheredKernel(layer, Planning.NONE)
-
     def plan(
         self,
         meta: PagedMeta,
@@ -217,7 +221,7 @@ class DirectFullBackend(FullBackend):
         return summarise_plan(meta, page_size, options)
 
 
-class GatherFullBackend(FullBackend):
+class GatherFullBackend(_GatheredBackend):
     """gqa and mla by planned places. Option: prefix_chunk_tokens (8192 where it is not given)."""
 
     name = "gather"
@@ -229,10 +233,6 @@ class GatherFullBackend(FullBackend):
         mechanisms=frozenset({"gqa", "mla"}),
         dtypes=frozenset({torch.float32, torch.bfloat16}),
     )
-
-    def layer(self, layer: FullLayer) -> FullKernel:
-        self.capabilities.check(layer.geometry.mechanism)
-        return GatheredKernel(layer, Planning.REQUIRED)
 
     def plan(
         self,

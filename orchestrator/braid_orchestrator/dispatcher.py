@@ -301,7 +301,8 @@ class Step:
         """As `attend`, for a layer whose input buffers are written already; when it ran."""
         layer = self._layer(layer_id, side)
         self._run(layer)
-        return self._timing(layer)
+        received, started, finished = self._times_of(layer)
+        return common_pb2.Timing(received_ns=received, started_ns=started, finished_ns=finished)
 
     def finish(self) -> None:
         """Close the step and count its layers.
@@ -313,9 +314,9 @@ class Step:
         if left:
             raise StepOrder(f"the step ends but layers have not run: {', '.join(sorted(left))}")
         for key, elapsed in self._ran.items():
-            timing = self._timing(self._layers[key])
-            compute = timing.finished_ns - timing.started_ns
-            self._dispatcher.record(self._layers[key].point, self._mode, elapsed, compute)
+            layer = self._layers[key]
+            _, started, finished = self._times_of(layer)
+            self._dispatcher.record(layer.point, self._mode, elapsed, finished - started)
         if self._dispatcher.dispatch is Dispatch.WALK:
             close = pb.WalkRequest(close=pb.CloseStep(step=self.batch.step, lane=self.batch.lane))
             for side in self._next:
@@ -367,14 +368,14 @@ class Step:
         self._ran[layer_id, side] = time.monotonic_ns() - began
         self._next[side] += 1
 
-    def _timing(self, layer: Prepared) -> common_pb2.Timing:
-        """When a layer ran, by the service."""
+    def _times_of(self, layer: Prepared) -> tuple[int, int, int]:
+        """When the service received, started and finished a layer, nanoseconds of CLOCK_MONOTONIC."""
         _, layer_id, side = layer.point
         handover = self._dispatcher.handover(side)
-        if handover is None:
-            return self._times[layer_id, side]
-        received, started, finished = handover.times(layer.index)
-        return common_pb2.Timing(received_ns=received, started_ns=started, finished_ns=finished)
+        if handover is not None:
+            return handover.times(layer.index)
+        timing = self._times[layer_id, side]
+        return timing.received_ns, timing.started_ns, timing.finished_ns
 
     def _send(self, side: Kind, layer: Prepared) -> common_pb2.Timing:
         """Have a layer run by a message."""

@@ -7,7 +7,7 @@ every step, and keep nothing when they go.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -120,7 +120,8 @@ class Store:
         self._arenas: list[Arena] = []
         self.params = self._share_params(params)
         self._caches: dict[tuple[Role, int], dict[str, torch.Tensor]] = {}
-        self._tables: dict[Role, dict[str, torch.Tensor]] = {}
+        self._tables: dict[tuple[Role, Kind], torch.Tensor] = {}
+        self._pool_arenas: dict[tuple[Role, Kind], Arena] = {}
         self.memory = self._make_memory()
         self._activations: dict[object, Buffers] = {}
         self._activation_arena = self._make_activations()
@@ -202,10 +203,6 @@ class Store:
         """The message from which a client can map the activation buffers."""
         return self.owner.describe(self._activation_arena)
 
-    def zero_copy_arenas(self) -> Sequence[Arena]:
-        """The arenas themselves, for a service in this process."""
-        return tuple(self._arenas)
-
     def close(self) -> None:
         """Give all shared memory back."""
         for arena in self._arenas:
@@ -230,16 +227,16 @@ class Store:
         }
 
     def _make_memory(self) -> dict[Role, RoleMemory]:
-        counts = self._pool_sizes()
-        memory = {}
-        for role, plan in self.plans.items():
-            pages, slots = counts[role]
-            parts: list[tuple[str, Kind, int]] = [("pages", Kind.FULL, pages), ("slots", Kind.LINEAR, slots)]
-            pools: dict[str, Pool | None] = {}
-            for name, kind, count in parts:
-                pools[name] = self._make_pool(role, plan, name, kind, count)
-            memory[role] = RoleMemory(role, pools["pages"], pools["slots"], self.limits.page_size)
-        return memory
+        pages, slots = self._pool_sizes()
+        return {
+            role: RoleMemory(
+                role,
+                self._make_pool(role, plan, "pages", Kind.FULL, pages),
+                self._make_pool(role, plan, "slots", Kind.LINEAR, slots),
+                self.limits.page_size,
+            )
+            for role, plan in self.plans.items()
+        }
 
     def _make_pool(self, role: Role, plan: LayerPlan, name: str, kind: Kind, count: int) -> Pool | None:
         """Memory of one role's pages or slots, layer by layer, and their generation table."""
@@ -249,12 +246,13 @@ class Store:
         shapes = {spec.layer_id: self._memory_shapes(spec, kind, count) for spec in layers}
         table_shape = ((count,), torch.int64)
         wanted = [item for group in shapes.values() for item in group.values()]
-        allocator = Allocator(self._arena(_bytes([*wanted, table_shape]), f"{role.value}-{name}"))
+        arena = self._arena(_bytes([*wanted, table_shape]), f"{role.value}-{name}")
+        allocator = Allocator(arena)
         for layer_id, group in shapes.items():
             tensors = {key: allocator.empty(*shape) for key, shape in group.items()}
             self._caches.setdefault((role, layer_id), {}).update(tensors)
         table = allocator.empty(*table_shape)
-        self._tables.setdefault(role, {})[name] = table
+        self._tables[role, kind], self._pool_arenas[role, kind] = table, arena
         return Pool(name, table.numpy(), self._unit_bytes(plan, kind))
 
     def _memory_shapes(
@@ -281,8 +279,8 @@ class Store:
             return per_token * self.limits.page_size
         return sum(s.linear.state_bytes(itemsize, state_itemsize) for s in plan if s.linear is not None)
 
-    def _pool_sizes(self) -> dict[Role, tuple[int, int]]:
-        """(pages, slots) of each role.
+    def _pool_sizes(self) -> tuple[int, int]:
+        """(pages, slots), as many for every role.
 
         Every sequence of a step reads one slot and writes another, so there are twice as many
         slots as sequences; pages get what is left of the budget, up to what all sequences at full
@@ -305,7 +303,7 @@ class Store:
                 field="pool_bytes",
                 value=limits.pool_bytes,
             )
-        return dict.fromkeys(self.plans, (pages, slots))
+        return pages, slots
 
     def _make_activations(self) -> Arena:
         rows, dtype = self.limits.max_tokens, self.element.activation
@@ -342,9 +340,7 @@ class Store:
         return per_table + sequences * 64 + limits.max_tokens * (4 + 8) + len(SHARED_DTYPES) * ALIGNMENT * 2
 
     def _pools_message(self, role: Role, kind: Kind) -> pb.RolePools:
-        name, arena_label = ("pages", "pages") if kind is Kind.FULL else ("slots", "slots")
-        arena = self._labelled(f"{role.value}-{arena_label}")
-        view = view_of(self._tables[role][name], arena)
+        view = view_of(self._tables[role, kind], self._pool_arenas[role, kind])
         if kind is Kind.FULL:
             return pb.RolePools(
                 role=convert.ROLES[role], page_size=self.limits.page_size, page_generation=view
@@ -355,7 +351,7 @@ class Store:
         geometry = spec.geometry(kind)
         params = self.params.get((role, spec.layer_id), {})
         names = self._memory_shapes(spec, kind, 1)
-        arena = self._labelled(f"{role.value}-{'pages' if kind is Kind.FULL else 'slots'}")
+        arena = self._pool_arenas[role, kind]
         memory = self._caches[role, spec.layer_id]
         return pb.LayerStorage(
             role=convert.ROLES[role],
@@ -363,9 +359,6 @@ class Store:
             params={n: view_of(params[n], self._params_arena) for n in geometry.params() if n in params},
             memory={name: view_of(memory[name], arena) for name in names},
         )
-
-    def _labelled(self, label: str) -> Arena:
-        return next(arena for arena in self._arenas if arena.label == label)
 
 
 def _check_params(role: Role, spec: LayerSpec, given: Mapping[str, torch.Tensor]) -> None:

@@ -17,6 +17,7 @@ from braid.v1 import attention_pb2, common_pb2
 from braid_wire import convert, dtypes
 from braid_wire.attention_core import AttentionCore, LayerRunner
 from braid_wire.batch import IntArray, Pools
+from braid_wire.batch_check import BatchCheck
 from braid_wire.errors import ConfigInvalid, LayerPlanDisputed, ServiceFault, ViewInvalid
 from braid_wire.layers import (
     FullGeometry,
@@ -63,6 +64,10 @@ class RoleLayers:
     layers: Mapping[int, ReadyLayer]
     pools: Pools | None
     """None where the role has no layer of this service's kind."""
+    check: BatchCheck | None
+    """Of batches, against the pools."""
+    layouts: dict[bytes, tuple[tuple[str, torch.Tensor], ...]] = field(default_factory=dict)
+    """Batch message without numbers → where its arrays lie; a memo of what was checked."""
 
     def layer(self, layer_id: int) -> ReadyLayer:
         """The layer with this id.
@@ -130,7 +135,8 @@ def resolve(
             for spec in plan.side(core.kind)
             if found is not None
         }
-        roles[role] = RoleLayers(plan, core.kind, layers, found)
+        check = BatchCheck(found) if found is not None else None
+        roles[role] = RoleLayers(plan, core.kind, layers, found, check)
     return Configuration(arenas, activation, roles)
 
 

@@ -15,15 +15,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from braid.v1 import attention_pb2, common_pb2
+from google.protobuf.message import DecodeError
 
 from braid_wire import attention_config, convert, doorbell
 from braid_wire.attention_config import Configuration, ReadyTicket, RoleLayers
 from braid_wire.attention_core import AttentionCore, LayerRunner, PlannedBatch
-from braid_wire.batch import PAGE_FIELDS, SHARED_DTYPES, STATE_FIELDS, check, mode_label
+from braid_wire.batch import PAGE_FIELDS, SHARED_DTYPES, STATE_FIELDS, mode_label
 from braid_wire.errors import (
     ArenaUnknown,
     BatchInvalid,
@@ -41,6 +40,7 @@ from braid_wire.errors import (
     to_status,
 )
 from braid_wire.layers import Kind, Role
+from braid_wire.mailbox import Mailbox
 from braid_wire.metrics import ProcessMetrics
 from braid_wire.views import ArenaMap, expect_rows, overlaps, rows_are_dense
 
@@ -56,6 +56,7 @@ _LANES = 2
 # Behind the slowest body between two layers; a peer that is gone is noticed long before.
 _LONGEST_WAIT_S = 3600.0
 _MAX_TICKETS = 8192
+_MAX_LAYOUTS = 1024
 
 _Work = Callable[[], attention_pb2.WalkResponse]
 
@@ -264,12 +265,14 @@ class AttentionHost:
         options: Mapping[str, str],
     ) -> PlannedBatch:
         """Check a batch against the contract, then let the kernels plan it."""
-        if layers.pools is None:  # the role has no layer here: nothing to plan, but walks stay uniform
+        if (
+            layers.pools is None or layers.check is None
+        ):  # the role has no layer here: nothing to plan, but walks stay uniform
             summary = attention_pb2.PlanSummary(
                 qo_indptr_last=batch.num_tokens, ignored_options=sorted(options)
             )
             return PlannedBatch(summary, None)
-        check({name: array.numpy() for name, array in arrays.items()}, batch.num_tokens, layers.pools)
+        layers.check(arrays, batch.num_tokens)
         try:
             return self._core.plan(layers.plan, arrays, layers.pools.page_size, options)
         except Exception as error:
@@ -353,7 +356,17 @@ class _Bells:
     request: doorbell.Doorbell
     done: doorbell.Doorbell
     base: int
-    timings: npt.NDArray[np.int64]  # [tickets, 3]
+    lanes: int
+    place: tuple[int, int]  # of the counter's arena: arena id, offset
+    timings: memoryview  # int64 [tickets · 3]
+
+
+@dataclass(frozen=True)
+class _Mail:
+    """Where steps come from while a walk does not read its stream."""
+
+    requests: Mailbox
+    responses: Mailbox
 
 
 class _OpenStep:
@@ -372,7 +385,9 @@ class Walk:
     def __init__(self, host: AttentionHost) -> None:
         self._host = host
         self._open: dict[tuple[int, int], _OpenStep] = {}
-        self._followed: tuple[int, int] | None = None
+        # The steps whose bells are rung next: one, or both lanes of one.
+        self._followed: tuple[tuple[int, int], ...] = ()
+        self._mail: _Mail | None = None
 
     @property
     def idle(self) -> bool:
@@ -397,32 +412,95 @@ class Walk:
             return iter(())
         return self._answer((0, 0), _refuse_empty)
 
-    def follow(self, check: Callable[[], None]) -> Iterator[attention_pb2.WalkResponse]:
-        """Run the layers of a step that has doorbells, as they ring; the last `open` said which.
+    def follow(
+        self, check: Callable[[], None], between: Callable[[], None]
+    ) -> Iterator[attention_pb2.WalkResponse]:
+        """Run the layers of steps that have doorbells, as they ring; the last `open` said which.
 
-        Gives no answer, or one that says why the step failed. Returns at once where there is no such
-        step.
+        Gives no answer, or one that says why a step failed. Returns at once where there is no such
+        step; where there are mailboxes, once the peer gives them up.
 
         Args:
-            check: called every now and then; raises where the peer is gone.
+            check: called every now and then inside a step; raises where the peer is gone.
+            between: the same between steps; raises where the walk should end.
         """
-        key, self._followed = self._followed, None
-        opened = self._open.get(key) if key is not None else None
-        if key is None or opened is None or opened.bells is None:
-            return iter(())
+        while True:
+            opened = [self._open[key] for key in self._followed if key in self._open]
+            bells = opened[0].bells if opened else None
+            if bells is not None and len(opened) == bells.lanes:
+                self._followed = ()
+                failed = self._run_followed(opened, bells, check)
+                if failed is not None:
+                    yield failed
+                    return
+            if self._mail is None:
+                return  # to the stream: a lane that is not open yet, `run` messages, or the next step
+            answers = self._read_letter(self._mail, between)
+            if answers is None:
+                return
+            yield from answers
+
+    def _run_followed(
+        self, opened: Sequence[_OpenStep], bells: _Bells, check: Callable[[], None]
+    ) -> attention_pb2.WalkResponse | None:
+        """Run all layers of a step; the answer where it failed."""
+        running = opened[0].step
         try:
-            self._run_by_bells(opened, opened.bells, check)
-            return iter(())
+            for ticket in range(len(opened[0].tickets)):
+                for lane, one in enumerate(opened):
+                    running = one.step
+                    self._run_by_bell(one, ticket, bells.base + bells.lanes * ticket + lane + 1, check)
+            for one in opened:
+                self._finish(one)
+            return None
+        # The error is not kept in a local name: its traceback holds this frame, and with it the arenas.
         except BraidError as error:
-            failure = error
+            return self._given_up(opened, bells, running, error)
         except Exception as error:
-            log.exception("step %d, lane %d failed by our own fault", *key)
-            failure = ServiceFault(f"{type(error).__name__}: {error}")
-        opened.bells.done.fail()
-        return self._failed(key, failure)
+            log.exception("step %d, lane %d failed by our own fault", running.step, running.lane)
+            return self._given_up(opened, bells, running, ServiceFault(f"{type(error).__name__}: {error}"))
+
+    def _given_up(
+        self, opened: Sequence[_OpenStep], bells: _Bells, failed: _Step, error: BraidError
+    ) -> attention_pb2.WalkResponse:
+        """Close all lanes of a step one of which failed; the answer that says why."""
+        bells.done.fail()
+        for one in opened:
+            self._drop((one.step.step, one.step.lane))
+        return next(self._failed((failed.step, failed.lane), error))
+
+    def _read_letter(
+        self, mail: _Mail, between: Callable[[], None]
+    ) -> list[attention_pb2.WalkResponse] | None:
+        """Do what the next letter asks and answer it; what the stream must carry, None at the end."""
+        try:
+            letter = mail.requests.take(between, _LONGEST_WAIT_S)
+        except ViewInvalid as error:
+            answers = list(self._failed((0, 0), error))
+        except BraidError:
+            return None  # the peer is gone, or the service stops
+        else:
+            if letter is None:
+                self._mail = None
+                return None
+            answers = [answer for text in letter for answer in self._handle_text(text)]
+        texts = [answer.SerializeToString() for answer in answers]
+        if mail.responses.fits(texts):
+            mail.responses.put(texts)
+            return []
+        mail.responses.put([])
+        return answers
+
+    def _handle_text(self, text: bytes) -> Iterator[attention_pb2.WalkResponse]:
+        try:
+            request = attention_pb2.WalkRequest.FromString(text)
+        except DecodeError as error:
+            return self._failed((0, 0), BatchInvalid(f"a letter's message cannot be read: {error}"))
+        return self.handle(request)
 
     def close(self) -> None:
         """Forget every open step: the peer is gone."""
+        self._mail = None
         for key in list(self._open):
             self._drop(key)
 
@@ -431,11 +509,10 @@ class Walk:
         try:
             return iter((work(),))
         except BraidError as error:
-            failure = error
+            return self._failed(key, error)
         except Exception as error:
             log.exception("step %d, lane %d failed by our own fault", *key)
-            failure = ServiceFault(f"{type(error).__name__}: {error}")
-        return self._failed(key, failure)
+            return self._failed(key, ServiceFault(f"{type(error).__name__}: {error}"))
 
     def _failed(self, key: tuple[int, int], failure: BraidError) -> Iterator[attention_pb2.WalkResponse]:
         """Close a step that failed; the answer that says why."""
@@ -443,26 +520,32 @@ class Walk:
         self._host.metrics.refused(failure.reason)
         return iter((attention_pb2.WalkResponse(step=key[0], lane=key[1], failed=to_status(failure)),))
 
-    def _run_by_bells(self, opened: _OpenStep, bells: _Bells, check: Callable[[], None]) -> None:
-        """Run every ticket of a step when its bell rings; count them when all are through."""
-        host, step = self._host, opened.step
+    def _run_by_bell(self, opened: _OpenStep, index: int, value: int, check: Callable[[], None]) -> None:
+        """Run one ticket of a step when its bell rings."""
+        host, step, bells = self._host, opened.step, opened.bells
+        if bells is None:
+            raise StepOrder(f"step {step.step}, lane {step.lane} has no doorbells")
 
         def look() -> None:
             check()
             host._expect_live(step)
 
-        for index, ticket in enumerate(opened.tickets):
-            value = bells.base + index + 1
-            bells.request.wait(value, look, _LONGEST_WAIT_S)
-            received = time.monotonic_ns()
-            if bells.request.failed:
-                raise StepAborted(f"step {step.step}, lane {step.lane} was given up")
-            started, finished = host._execute(step, ticket)
-            bells.timings[index] = received, started, finished
-            bells.done.ring(value)
-        opened.next = len(opened.tickets)
-        for ticket, times in zip(opened.tickets, bells.timings.tolist(), strict=True):
-            host._note(step, ticket, *times)
+        rung = bells.request.wait(value, look, _LONGEST_WAIT_S)
+        received = time.monotonic_ns()
+        if not rung:
+            raise StepAborted(f"step {step.step}, lane {step.lane} was given up")
+        started, finished = host._execute(step, opened.tickets[index])
+        times, at = bells.timings, 3 * index
+        times[at], times[at + 1], times[at + 2] = received, started, finished
+        bells.done.ring(value)
+
+    def _finish(self, opened: _OpenStep) -> None:
+        """Count the layers of a step that has run, and close it."""
+        if opened.bells is not None:
+            times = iter(opened.bells.timings.tolist())
+            for ticket, *stamps in zip(opened.tickets, times, times, times, strict=True):
+                self._host._note(opened.step, ticket, *stamps)
+        self._drop((opened.step.step, opened.step.lane))
 
     def _open_step(self, request: attention_pb2.OpenStep) -> attention_pb2.WalkResponse:
         batch = request.plan.batch
@@ -473,6 +556,7 @@ class Walk:
         try:
             tickets = _resolve_tickets(step, request.tickets)
             bells = _resolve_bells(step, request.doorbells) if request.HasField("doorbells") else None
+            mail = self._resolve_mail(step, request.doorbells)
         except BaseException:
             self._host._forget(step)
             raise
@@ -483,8 +567,33 @@ class Walk:
         for at in replaced:
             del self._open[at]
         self._open[key] = _OpenStep(step, tickets, bells)
-        self._followed = key
+        self._followed = (key,) if bells is None else self._behind(key, bells)
+        self._mail = mail
         return attention_pb2.WalkResponse(step=key[0], lane=key[1], opened=response)
+
+    def _resolve_mail(self, step: _Step, given: attention_pb2.Doorbells) -> _Mail | None:
+        """The mailboxes of the walk, given with one of its steps."""
+        if not given.HasField("mail"):
+            return self._mail
+        if self._mail is not None:
+            raise StepOrder(f"step {step.step} brings mailboxes, but the walk has some already")
+        arenas = step.configuration.arenas
+        boxes = []
+        for name, view in (("requests", given.mail.requests), ("responses", given.mail.responses)):
+            boxes.append(Mailbox(arenas.expect(view, name, torch.uint8, view.shape[:1])))
+        return _Mail(*boxes)
+
+    def _behind(self, key: tuple[int, int], bells: _Bells) -> tuple[tuple[int, int], ...]:
+        """The lanes that wait for their bells, now that one more is open."""
+        step, lane = key
+        if bells.lanes == 1 or lane == 0:
+            return (key,)
+        first = self._open.get((step, 0))
+        if self._followed != ((step, 0),) or first is None or first.bells is None:
+            raise StepOrder(f"lane 0 of step {step} was not opened right before lane {lane}", step=step)
+        if (first.bells.place, first.bells.base, first.bells.lanes) != (bells.place, bells.base, bells.lanes):
+            raise StepOrder(f"the lanes of step {step} have different doorbells", step=step)
+        return (*self._followed, key)
 
     def _run_ticket(self, run: attention_pb2.RunTicket, received: int) -> attention_pb2.WalkResponse:
         found = self._open.get((run.step, run.lane))
@@ -531,6 +640,24 @@ def _snapshot(batch: attention_pb2.Batch, layers: RoleLayers, arenas: ArenaMap) 
     Checks and kernels read the same copy, so a peer that changes the memory after the check reaches
     no kernel.
     """
+    layout = attention_pb2.Batch()
+    layout.CopyFrom(batch)
+    layout.ClearField("epoch")
+    layout.ClearField("step")
+    key = layout.SerializeToString(deterministic=True)
+    found = layers.layouts.get(key)
+    if found is None:
+        found = tuple(_places(batch, layers, arenas))
+        if len(layers.layouts) >= _MAX_LAYOUTS:
+            layers.layouts.clear()
+        layers.layouts[key] = found
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in found}
+
+
+def _places(
+    batch: attention_pb2.Batch, layers: RoleLayers, arenas: ArenaMap
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each metadata array that this kind needs, in shared memory, of the dtype and shape it must have."""
     names = ["cu_seqlens", "context_lens", "modes", "sequence_ids"]
     if layers.pools is not None:
         names += PAGE_FIELDS if layers.side is Kind.FULL else STATE_FIELDS
@@ -540,13 +667,10 @@ def _snapshot(batch: attention_pb2.Batch, layers: RoleLayers, arenas: ArenaMap) 
     for name in PAGE_FIELDS:
         shapes[name] = (sequences, *batch.page_table.shape[1:2])
     shapes["state_out"] = shapes["state_out_generations"] = (tokens,)
-    arrays = {}
     for name in names:
         if not batch.HasField(name):  # type: ignore[arg-type]
             raise BatchInvalid(f"{name} is missing", field=name)
-        tensor = arenas.expect(getattr(batch, name), name, SHARED_DTYPES[name], shapes[name])
-        arrays[name] = tensor.clone(memory_format=torch.contiguous_format)
-    return arrays
+        yield name, arenas.expect(getattr(batch, name), name, SHARED_DTYPES[name], shapes[name])
 
 
 def _resolve_bells(step: _Step, given: attention_pb2.Doorbells) -> _Bells:
@@ -559,7 +683,13 @@ def _resolve_bells(step: _Step, given: attention_pb2.Doorbells) -> _Bells:
         for name, view in (("request", given.request), ("done", given.done))
     ]
     timings = arenas.expect(given.timings, "timings", torch.int64, (tickets, 3))
-    return _Bells(bells[0], bells[1], given.base, timings.numpy())
+    if not timings.is_contiguous():
+        raise ViewInvalid("timings must be contiguous", field="timings")
+    lanes = max(given.lanes, 1)
+    if lanes > _LANES or step.lane >= lanes:
+        raise StepOrder(f"lane {step.lane} of {lanes}; a step has 1 or {_LANES} lanes", lane=step.lane)
+    place = given.request.arena_id, given.request.offset
+    return _Bells(bells[0], bells[1], given.base, lanes, place, timings.numpy().reshape(-1).data)
 
 
 def _resolve_tickets(step: _Step, tickets: Sequence[attention_pb2.Ticket]) -> tuple[ReadyTicket, ...]:

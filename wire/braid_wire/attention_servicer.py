@@ -16,7 +16,7 @@ from braid.v1 import attention_pb2, attention_pb2_grpc
 
 from braid_wire.attention_core import AttentionCore
 from braid_wire.attention_host import AttentionHost, Walk
-from braid_wire.errors import BraidError, ServiceFault, ServiceLost
+from braid_wire.errors import BraidError, Draining, ServiceFault, ServiceLost
 from braid_wire.metrics import ProcessMetrics, versions
 from braid_wire.process import (
     EXIT_FAULT,
@@ -68,10 +68,19 @@ class AttentionServicer(attention_pb2_grpc.AttentionServiceServicer):
         walk = self._host.open_walk()
         with self._lock:
             self._walks[context] = walk
+
+        def check() -> None:
+            _expect_active(context)
+
+        def between() -> None:
+            _expect_active(context)
+            if self._draining:
+                raise Draining("the service stops")
+
         try:
             for request in request_iterator:
                 yield from walk.handle(request)
-                yield from walk.follow(lambda: _expect_active(context))
+                yield from walk.follow(check, between)
                 if self._draining and walk.idle:
                     return
         finally:

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable
 
 import torch
-from braid_kernels.build import DOORBELLS, build
+from braid_kernels.build import WIRE, build
 from braid_kernels.errors import BuildError
 
 from braid_wire.errors import ServiceFault, StepTimeout, ViewInvalid
@@ -32,14 +32,14 @@ _SLICE_NS = 20_000_000
 # Longer than the body's work between two layers, so that a waiter whose core nobody else wants does
 # not go to sleep in the middle of a step.
 _SPIN_NS = 400_000
-_RUNG, _TIMEOUT = 0, 1
+_RUNG, _TIMEOUT, _GIVEN_UP = 0, 1, 3
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The C interface; None, with one warning, where it cannot be built."""
     try:
-        lib = ctypes.CDLL(str(build(DOORBELLS)))
+        lib = ctypes.CDLL(str(build(WIRE)))
     except (BuildError, OSError) as error:
         log.warning("no doorbells, layers are handed over by messages: %s", error)
         return None
@@ -48,8 +48,16 @@ def _library() -> ctypes.CDLL | None:
     lib.braid_bell_value.argtypes = [ctypes.c_void_p]
     lib.braid_bell_ring.restype = None
     lib.braid_bell_ring.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
+    lib.braid_bell_announce.restype = None
+    lib.braid_bell_announce.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
     lib.braid_bell_wait.restype = ctypes.c_int32
-    lib.braid_bell_wait.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int64, ctypes.c_int64]
+    lib.braid_bell_wait.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_uint64,
+        ctypes.c_int32,
+        ctypes.c_int64,
+        ctypes.c_int64,
+    ]
     if lib.braid_bell_size() != BELL_BYTES:
         raise ServiceFault(f"a bell is {lib.braid_bell_size()} bytes in the library, {BELL_BYTES} here")
     return lib
@@ -87,11 +95,8 @@ class Doorbell:
         self._memory = memory
         self._at = memory.data_ptr()
         self._spin = spin_ns()
-        self._ring, self._wait, self._value = (
-            library.braid_bell_ring,
-            library.braid_bell_wait,
-            library.braid_bell_value,
-        )
+        self._ring, self._announce = library.braid_bell_ring, library.braid_bell_announce
+        self._wait, self._value = library.braid_bell_wait, library.braid_bell_value
 
     @property
     def value(self) -> int:
@@ -107,28 +112,42 @@ class Doorbell:
         """Set the counter; it must not fall."""
         self._ring(self._at, value)
 
+    def announce(self, value: int) -> None:
+        """Say that the counter will be `value` soon, so that a waiter that sleeps wakes up by then."""
+        self._announce(self._at, value)
+
     def fail(self) -> None:
         """Release every waiter, now and later."""
         self._ring(self._at, FAILED)
 
-    def wait(self, target: int, check: Callable[[], None], timeout_s: float) -> None:
+    def wait(
+        self, target: int, check: Callable[[], None], timeout_s: float, *, expected: bool = False
+    ) -> bool:
         """Wait until the counter is at least `target`, or the writer has given up.
 
         Args:
             target: the value to wait for.
             check: called every 20 ms meanwhile; raises where the writer is gone.
             timeout_s: longest wait.
+            expected: whether the ring counts as announced: it is a few microseconds away.
+
+        Returns:
+            Whether the counter got there; False where the writer has given up.
 
         Raises:
             StepTimeout: the counter did not get there in time.
         """
-        if self._wait(self._at, target, self._spin, _SLICE_NS) == _RUNG:
-            return
+        status = self._wait(self._at, target, expected, self._spin, _SLICE_NS)
+        if status == _RUNG:
+            return True
         for _ in range(max(int(timeout_s * 1e9 / _SLICE_NS), 1)):
-            check()
-            status = self._wait(self._at, target, 0, _SLICE_NS)
-            if status == _RUNG:
-                return
+            if status == _GIVEN_UP:
+                return False
             if status != _TIMEOUT:
                 raise ServiceFault("the system refused to wait for a doorbell")
+            check()
+            # An announcement is looked out for in every slice: the spin follows it.
+            status = self._wait(self._at, target, False, self._spin, _SLICE_NS)
+            if status == _RUNG:
+                return True
         raise StepTimeout(f"a doorbell stands at {self.value}, not {target}, after {timeout_s:.0f} s")

@@ -940,8 +940,16 @@ class Doorbells(_message.Message):
     DONE_FIELD_NUMBER: _builtins.int
     BASE_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    LANES_FIELD_NUMBER: _builtins.int
+    MAIL_FIELD_NUMBER: _builtins.int
     base: _builtins.int
     """Where both counters stand before the first ticket."""
+    lanes: _builtins.int
+    """Lanes of the step, 0 standing for 1. With 2, lane 1 is opened right behind lane 0 with the same
+    counters, and layers run in turn: ticket i of lane l is handed over at base + 2·i + l + 1. Nothing
+    runs before both are open. More than 2, or lane 1 without its lane 0: FAILED_PRECONDITION
+    STEP_ORDER.
+    """
     @_builtins.property
     def request(self) -> _common_pb2.TensorView:
         """uint8 [64], 64-byte aligned: written by the orchestrator. Its highest bit ends the step."""
@@ -952,8 +960,14 @@ class Doorbells(_message.Message):
 
     @_builtins.property
     def timings(self) -> _common_pb2.TensorView:
-        """int64 [tickets, 3]: received, started and finished of each, nanoseconds of CLOCK_MONOTONIC;
-        written by the service before it sets `done`.
+        """int64 [tickets, 3], contiguous: received, started and finished of each, nanoseconds of
+        CLOCK_MONOTONIC; written by the service before it sets `done`.
+        """
+
+    @_builtins.property
+    def mail(self) -> Global___Mailboxes:
+        """Where steps come from once this one has run; unset: as before, which at first is the stream. A
+        second pair on one stream: FAILED_PRECONDITION STEP_ORDER.
         """
 
     def __init__(
@@ -963,14 +977,54 @@ class Doorbells(_message.Message):
         done: _common_pb2.TensorView | None = ...,
         base: _builtins.int = ...,
         timings: _common_pb2.TensorView | None = ...,
+        lanes: _builtins.int = ...,
+        mail: Global___Mailboxes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "request", b"request", "timings", b"timings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "mail", b"mail", "request", b"request", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "done", b"done", "request", b"request", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "done", b"done", "lanes", b"lanes", "mail", b"mail", "request", b"request", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Doorbells: _TypeAlias = Doorbells  # noqa: Y015
+
+@_typing.final
+class Mailboxes(_message.Message):
+    """Two places in shared memory, each uint8 [n] and 64-byte aligned: a bell of 64 bytes, then a letter.
+    A letter is an int64 number of messages, then of each an int64 length and its bytes; its bell counts
+    letters. Numbers are little-endian. The service reads steps from here until the highest bit of the
+    orchestrator's bell is set, and then from the stream again.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    RESPONSES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def requests(self) -> _common_pb2.TensorView:
+        """Letters of WalkRequest, written by the orchestrator once the last one is answered. One that
+        cannot be read is answered by `failed`: INVALID_ARGUMENT.
+        """
+
+    @_builtins.property
+    def responses(self) -> _common_pb2.TensorView:
+        """Letters of WalkResponse, written by the service. An empty one says that the answers were too
+        long and come on the stream, as does `failed` of a step that was open.
+        """
+
+    def __init__(
+        self,
+        *,
+        requests: _common_pb2.TensorView | None = ...,
+        responses: _common_pb2.TensorView | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["requests", b"requests", "responses", b"responses"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["requests", b"requests", "responses", b"responses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Mailboxes: _TypeAlias = Mailboxes  # noqa: Y015
 
 @_typing.final
 class RunTicket(_message.Message):

@@ -36,10 +36,10 @@ class Library:
 
 KERNELS = Library(
     "braid_kernels",
-    ("pool.cpp", "linear.cpp", "mamba1.cpp", "short_conv.cpp", "attention.cpp"),
-    ("common.h", "spans.h"),
+    ("pool.cpp", "linear.cpp", "mamba1.cpp", "short_conv.cpp", "attention.cpp", "gemm.cpp", "mixture.cpp", "program.cpp"),
+    ("common.h", "spans.h", "gemm.h", "elementary.h", "program.h"),
 )
-DOORBELLS = Library("braid_doorbells", ("doorbell.cpp",))
+WIRE = Library("braid_wire", ("doorbell.cpp", "batch_check.cpp"))
 
 FLAGS = (
     "-O3",

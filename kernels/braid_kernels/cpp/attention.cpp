@@ -83,6 +83,9 @@ struct Unit {
     int64_t position;                      // of the first query token
     int64_t first, last;                   // keys [first, last)
     int64_t partial;                       // -1: write the output; else offset of this part in Call::partials
+    // Rows of the sequence's whole span: how a block is computed follows from it and not from the block,
+    // so that a prompt gives the same bits wherever it is cut into spans.
+    int64_t span_rows;
 };
 
 struct Merge {
@@ -422,7 +425,7 @@ template <class T> void many_rows(const Call& c, const Unit& u) {
 }
 
 void run_unit(const Call& c, const Unit& u) {
-    const bool few = rows_of(c, u) <= FEW_ROWS;
+    const bool few = u.span_rows <= FEW_ROWS;
     if (c.d->cache_dtype == F32) few ? few_rows<float>(c, u) : many_rows<float>(c, u);
     else few ? few_rows<bf16>(c, u) : many_rows<bf16>(c, u);
 }
@@ -510,7 +513,7 @@ struct Work {
 void add_block(const Call& c, Work& w, Unit u, int64_t& floats) {
     const int rows = rows_of(c, u);
     const int64_t from = u.first / SPLIT_KEYS, to = (u.last - 1) / SPLIT_KEYS;
-    if (rows > SPLIT_ROWS || from == to) {
+    if (u.span_rows > SPLIT_ROWS || from == to) {
         for (int h = 0; h < c.d->kv_heads; h++) {
             u.kv_head = h;
             w.units.push_back(u);
@@ -544,7 +547,7 @@ double cut(Call& c, Work& w) {
         for (int i = (length - 1) / block * block; length && i >= 0; i -= block) {
             const int n = length - i < block ? length - i : block;
             const int64_t position = context + i;
-            Unit u{b, 0, begin + i, n, position, first_key(c, position), position + n, -1};
+            Unit u{b, 0, begin + i, n, position, first_key(c, position), position + n, -1, (int64_t)length * c.group};
             work += (double)n * c.d->q_heads * (u.last - u.first) * (c.d->dk + c.d->dv);
             add_block(c, w, u, floats);
         }

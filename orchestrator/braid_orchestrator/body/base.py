@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from braid_wire.errors import ConfigInvalid, StepOrder
 from braid_wire.layers import Kind, LayerPlan, Role
 from torch import nn
 
+from braid_orchestrator.segments.capture import refuse_dispatch
 from braid_orchestrator.store import LayerParams
 
 
@@ -44,7 +46,13 @@ class DispatchPoint:
     def attend(
         self, layer_id: int, inputs: Mapping[str, torch.Tensor], side: Kind | None = None
     ) -> torch.Tensor:
-        """Run one layer of the step that is under way; `StepOrder` where there is none."""
+        """Run one layer of the step that is under way.
+
+        Raises:
+            StepOrder: there is none.
+            CaptureViolation: a segment is being captured.
+        """
+        refuse_dispatch(layer_id)
         if self._attend is None:
             raise StepOrder(f"layer {layer_id} was reached outside a step", layer_id=layer_id)
         return self._attend(layer_id, inputs, side)
@@ -71,7 +79,7 @@ class Output:
 
 
 @dataclass(frozen=True)
-class RoleBody:
+class RoleBody(ABC):
     """One role's layers taken apart: the target's, or the draft's."""
 
     model: nn.Module
@@ -79,6 +87,52 @@ class RoleBody:
     plan: LayerPlan
     point: DispatchPoint
     head: Head
+    hidden_size: int
+    mrope: bool
+    """Whether it takes a time, a height and a width position for every token."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights lie."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights and hidden states."""
+        return next(self.model.parameters()).dtype
+
+    def packed(
+        self,
+        attend: Attend,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        hidden: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The backbone on packed tokens.
+
+        Args:
+            attend: runs one layer.
+            ids: int64 [T].
+            positions: int64 [T] or [3, T].
+            hidden: [T, hidden], for drafts.
+
+        Returns:
+            [T, hidden] after the final norm.
+        """
+        places = positions[:, None] if positions.ndim == 2 else positions[None]
+        given = () if hidden is None else (hidden[None],)
+        with self.point.leads_to(attend):
+            return self.walk(ids[None], places, *given)[0]
+
+    @property
+    @abstractmethod
+    def draft(self) -> bool:
+        """Whether it starts from hidden states."""
+
+    @abstractmethod
+    def walk(self, ids: torch.Tensor, positions: torch.Tensor, *hidden: torch.Tensor) -> torch.Tensor:
+        """The backbone of either role: ids [1, T], positions [1, T] or [3, 1, T] and, for drafts, hidden
+        states [1, T, hidden] → [1, T, hidden]."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +140,13 @@ class Target(RoleBody):
     """The model itself."""
 
     backbone: Backbone
-    mrope: bool = False
-    """Whether it takes a time, a height and a width position for every token."""
+
+    @property
+    def draft(self) -> bool:
+        return False
+
+    def walk(self, ids: torch.Tensor, positions: torch.Tensor, *hidden: torch.Tensor) -> torch.Tensor:
+        return self.backbone(ids, positions)
 
 
 @dataclass(frozen=True)
@@ -95,6 +154,13 @@ class Draft(RoleBody):
     """Its multi-token-prediction layers, run on the target's hidden states."""
 
     backbone: DraftBackbone
+
+    @property
+    def draft(self) -> bool:
+        return True
+
+    def walk(self, ids: torch.Tensor, positions: torch.Tensor, *hidden: torch.Tensor) -> torch.Tensor:
+        return self.backbone(ids, hidden[0], positions)
 
 
 class Body:
@@ -120,6 +186,11 @@ class Body:
     def plans(self) -> dict[Role, LayerPlan]:
         """The layers of each role that this body runs."""
         return {role.plan.role: role.plan for role in self._roles}
+
+    @property
+    def roles(self) -> dict[Role, RoleBody]:
+        """The pieces of each role."""
+        return {role.plan.role: role for role in self._roles}
 
     def take_params(self) -> LayerParams:
         """Static parameters of the layers of all roles, which the body then lets go of.
@@ -156,8 +227,7 @@ class Body:
             BraidError: a layer was refused or its service was lost.
         """
         role = self._target
-        with role.point.leads_to(attend):
-            hidden = role.backbone(torch.from_numpy(batch.input_ids)[None], _positions(batch))[0]
+        hidden = role.packed(attend, torch.from_numpy(batch.input_ids), _positions(batch))
         return _output(role.head, hidden, rows)
 
     @torch.inference_mode()
@@ -178,9 +248,7 @@ class Body:
         role = self._draft
         if role is None:
             raise ConfigInvalid("the model has no draft layers", field="role")
-        ids = torch.from_numpy(batch.input_ids)[None]
-        with role.point.leads_to(attend):
-            found = role.backbone(ids, hidden[None], _positions(batch))[0]
+        found = role.packed(attend, torch.from_numpy(batch.input_ids), _positions(batch), hidden)
         return _output(role.head, found, rows)
 
     @property
@@ -193,7 +261,6 @@ def _output(head: Head, hidden: torch.Tensor, rows: IntArray) -> Output:
 
 
 def _positions(batch: Batch) -> torch.Tensor:
-    """int64 [1, T], or [3, 1, T] where the batch has mrope positions."""
-    if batch.mrope_positions is not None:
-        return torch.from_numpy(batch.mrope_positions)[:, None]
-    return torch.from_numpy(batch.positions)[None]
+    """int64 [T], or [3, T] where the batch has mrope positions."""
+    grid = batch.mrope_positions
+    return torch.from_numpy(batch.positions if grid is None else grid)

@@ -10,6 +10,7 @@ import torch
 from braid_wire.errors import ConfigInvalid
 from braid_wire.layers import LayerPlan, Role
 
+from braid_orchestrator.body import experts
 from braid_orchestrator.body.base import Body, DispatchPoint, Draft, Head, Target
 from braid_orchestrator.body.checkpoint import load_pretrained, refuse_unrunnable
 from braid_orchestrator.body.family import Adapt, Family, LoadRequest, Params, Parts, family
@@ -58,27 +59,29 @@ def take_out(model: Any, request: LoadRequest, found: Family) -> Body:
     """
     # The draft first: it may share modules of the target that are replaced below.
     params: dict[tuple[Role, int], Params] = {}
-    draft = _take_out_draft(model, request, found, params)
     parts, point, plan = found.parts(model), DispatchPoint(), request.plans.target
+    draft = _take_out_draft(model, request, found, parts.mrope, params)
     params.update(_adapt(parts.layers, plan, found.adapt, point))
-    _without_masks(model)
+    _configure(model)
     target = Target(
         model=model,
         plan=plan,
         point=point,
         head=parts.head,
         backbone=parts.backbone,
+        hidden_size=request.plans.hidden_size,
         mrope=parts.mrope,
     )
     return Body(target, draft, params)
 
 
 def _take_out_draft(
-    model: Any, request: LoadRequest, found: Family, params: dict[tuple[Role, int], Params]
+    model: Any, request: LoadRequest, found: Family, mrope: bool, params: dict[tuple[Role, int], Params]
 ) -> Draft | None:
     """The draft that the config declares, if its weights are there and its layers are known.
 
     Args:
+        mrope: whether the target takes such positions; the draft then does.
         params: gets the static parameters of its layers.
     """
     plan = request.plans.draft
@@ -94,8 +97,16 @@ def _take_out_draft(
         return None
     point = DispatchPoint()
     params.update(_adapt(parts.layers, plan, found.adapt, point))
-    _without_masks(parts.model)
-    return Draft(model=parts.model, plan=plan, point=point, head=parts.head, backbone=parts.backbone)
+    _configure(parts.model)
+    return Draft(
+        model=parts.model,
+        plan=plan,
+        point=point,
+        head=parts.head,
+        backbone=parts.backbone,
+        hidden_size=request.plans.hidden_size,
+        mrope=mrope,
+    )
 
 
 def _adapt(
@@ -113,6 +124,7 @@ def _adapt(
     return {key: group for key, group in params.items() if group}
 
 
-def _without_masks(model: Any) -> None:
-    """Let this instance build no masks."""
+def _configure(model: Any) -> None:
+    """Let this instance build no masks, and run its experts by our operator."""
     model.config._attn_implementation = _NO_MASK
+    model.config._experts_implementation = experts.IMPLEMENTATION

@@ -50,7 +50,7 @@ class KimiDeltaAttention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
         """[1, T, hidden] → [1, T, hidden]."""
-        g, hidden = self._geometry, hidden_states[0]
+        g, hidden, rows = self._geometry, hidden_states[0], hidden_states.shape[1]
         inputs = {
             "mixed_qkv": torch.cat([self.q(hidden), self.k(hidden), self.v(hidden)], dim=-1),
             "a": self.decay(hidden),
@@ -58,7 +58,7 @@ class KimiDeltaAttention(nn.Module):
         }
         out = self._point.attend(self._layer_id, inputs)
         normed = self.norm(out, self.gate(hidden).view(-1, g.num_heads, g.head_dim))
-        return self.out(normed.reshape(1, len(hidden), -1))
+        return self.out(normed.reshape(1, rows, -1))
 
 
 def kimi_delta_params(original: Any, spec: LayerSpec) -> dict[str, torch.Tensor]:

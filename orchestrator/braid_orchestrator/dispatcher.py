@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -30,6 +30,7 @@ from braid_orchestrator.handover import Handover
 from braid_orchestrator.link import Link, Walk
 from braid_orchestrator.plan_check import check_summary
 from braid_orchestrator.store import Store
+from braid_orchestrator.timings import LayerTimes, StepObserver, StepTimes
 
 log = logging.getLogger(__name__)
 
@@ -66,13 +67,10 @@ class LayerTotals:
 Point = tuple[Role, int, Kind]
 """One side of one layer of one role."""
 
-Observer = Callable[[Point, float, float], None]
-"""Told of every dispatch: which layer, seconds in the kernel, seconds that the body waited besides."""
-
 
 @dataclass(frozen=True)
 class Prepared:
-    """One layer side, resolved for steps of a fixed number of rows."""
+    """One layer side, resolved for steps of a fixed number of rows on one lane."""
 
     point: Point
     index: int
@@ -108,7 +106,7 @@ class Dispatcher:
         self.dispatch = dispatch
         self.metrics = metrics
         self.epoch = 0
-        self.observer: Observer | None = None
+        self.observer: StepObserver | None = None
         self.descriptions: dict[Kind, pb.DescribeResponse] = {}
         self.plan_options = dict(plan_options or {})
         self._ignored: set[tuple[Kind, str]] = set()
@@ -118,8 +116,11 @@ class Dispatcher:
         self.totals: dict[Point, LayerTotals] = {}
         self._children: dict[Point, LayerMetrics] = {}
         self._handovers: dict[Kind, Handover] = {}
-        self._prepared: dict[tuple[Role, int], dict[tuple[int, Kind], Prepared]] = {}
+        self._prepared: dict[tuple[Role, int, int], dict[tuple[int, Kind], Prepared]] = {}
+        self._sides: dict[Role, list[Kind]] = {}
         for role, plan in store.plans.items():
+            begins = sorted((plan.side(side)[0].layer_id, at) for at, side in enumerate(SIDES) if plan.side(side))
+            self._sides[role] = [SIDES[at] for _, at in begins]
             for spec in plan:
                 self._specs[role, spec.layer_id] = spec
             for side in SIDES:
@@ -154,7 +155,28 @@ class Dispatcher:
             PlanMismatch: a plan does not cover the batch.
             BraidError: a service refused the batch, or was lost.
         """
-        return Step(self, batch)
+        (step,) = self.open([batch])
+        step.opening.settle()
+        return step
+
+    def open(self, lanes: Sequence[Batch]) -> tuple[Step, ...]:
+        """As `begin`, for the batches of one or two lanes, without waiting for the services' answers.
+
+        The first `take` of a step waits for them, so that services plan while the body begins.
+        """
+        opening = Opening(self, lanes)
+        return tuple(Step(self, batch, opening) for batch in lanes)
+
+    def sides(self, role: Role) -> list[Kind]:
+        """The services that have layers of a role, in the order in which they are first needed."""
+        return list(self._sides[role])
+
+    def announce(self, role: Role) -> None:
+        """Let the service of a role's first layer wake up: a step will be opened soon."""
+        for kind in self._sides[role][:1]:
+            handover = self._handovers.get(kind)
+            if handover is not None:
+                handover.announce_step()
 
     def abort(self) -> None:
         """End the epoch: whatever a service still does for an older step counts no more."""
@@ -190,30 +212,31 @@ class Dispatcher:
         """The doorbells of the open stream to a service; None where layers go by messages."""
         return self._handovers.get(kind)
 
-    def prepared(self, role: Role, rows: int) -> dict[tuple[int, Kind], Prepared]:
-        """(layer id, side) → what a step of so many rows needs of it, in plan order."""
-        key = (role, rows)
+    def prepared(self, role: Role, rows: int, lane: int = 0) -> dict[tuple[int, Kind], Prepared]:
+        """(layer id, side) → what a step of so many rows on a lane needs of it, in plan order."""
+        key = (role, rows, lane)
         if key not in self._prepared:
             if len(self._prepared) >= _PREPARED_SETS:
                 self._prepared.pop(next(iter(self._prepared)))
             self._prepared[key] = {
-                (spec.layer_id, side): self._prepare(role, spec, side, index, rows)
+                (spec.layer_id, side): self._prepare(role, spec, side, index, rows, lane)
                 for side in SIDES
                 for index, spec in enumerate(self.store.plans[role].side(side))
             }
         return self._prepared[key]
 
-    def record(self, point: Point, mode: str, elapsed_ns: int, compute_ns: int) -> None:
-        """Count one dispatch: kernel time, and the rest of the time that the body waited."""
-        compute = compute_ns * 1e-9
-        overhead = max(elapsed_ns - compute_ns, 0) * 1e-9
-        children = self._children[point]
-        children.dispatch[mode].inc()
-        children.seconds["compute"].observe(compute)
-        children.seconds["hop"].observe(overhead)
-        self.totals[point].add(mode, compute, overhead)
+    def record(self, times: StepTimes) -> None:
+        """Count the dispatches of one lane of a step."""
+        for layer in times.layers:
+            point = layer.role, layer.layer_id, layer.side
+            compute, hop = layer.compute_ns * 1e-9, layer.hop_ns * 1e-9
+            children = self._children[point]
+            children.dispatch[times.mode].inc()
+            children.seconds["compute"].observe(compute)
+            children.seconds["hop"].observe(hop)
+            self.totals[point].add(times.mode, compute, hop)
         if self.observer is not None:
-            self.observer(point, compute, overhead)
+            self.observer(times)
 
     def note_ignored(self, side: Kind, options: Iterable[str]) -> None:
         """Log each plan option that a service does not have, the first time that it says so."""
@@ -222,8 +245,8 @@ class Dispatcher:
                 self._ignored.add((side, option))
                 log.info("the %s service has no plan option %s", self.links[side].name, option)
 
-    def _prepare(self, role: Role, spec: LayerSpec, side: Kind, index: int, rows: int) -> Prepared:
-        buffers = self.store.buffers(spec, side, rows)
+    def _prepare(self, role: Role, spec: LayerSpec, side: Kind, index: int, rows: int, lane: int) -> Prepared:
+        buffers = self.store.buffers(spec, side, rows, lane)
         ticket = pb.Ticket(
             layer_id=spec.layer_id,
             inputs={name: self.store.view(tensor) for name, tensor in buffers.inputs.items()},
@@ -245,20 +268,115 @@ _PREPARED_SETS = 128
 _LAYER_TIMEOUT_S = 120.0
 
 
-class Step:
-    """One walk of a batch through all layers of its role."""
+class Opening:
+    """The plans of a step's lanes, asked for and then answered, service by service.
 
-    def __init__(self, dispatcher: Dispatcher, batch: Batch) -> None:
-        self.batch = batch
-        self.summaries: dict[Kind, pb.PlanSummary] = {}
+    The service of the first layer is asked at once, the other when the first layer is under way: then
+    no service plans while the body waits for the other one.
+
+    Args:
+        dispatcher: whose services plan.
+        lanes: one batch, or those of lanes 0 and 1.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, lanes: Sequence[Batch]) -> None:
+        self.summaries: list[dict[Kind, pb.PlanSummary]] = [{} for _ in lanes]
         self._dispatcher = dispatcher
-        self._mode = batch.mode
-        self._layers = dispatcher.prepared(batch.role, batch.num_tokens)
+        self._lanes = lanes
+        self._unsent = dispatcher.sides(lanes[0].role)
+        self._unsettled = list(self._unsent)
+        self._requests = [
+            pb.PlanRequest(batch=dispatcher.store.publish(batch), options=dispatcher.plan_options)
+            for batch in lanes
+        ]
+        self._ask()
+
+    def proceed(self) -> None:
+        """Ask the services that have not been asked yet."""
+        while self._unsent:
+            self._ask()
+
+    def settle(self, side: Kind | None = None) -> None:
+        """Wait until a service, or each of them, has planned every lane; check the plans.
+
+        Raises:
+            PlanMismatch: a plan does not cover its batch.
+            BraidError: a service refused a batch, or was lost.
+        """
+        if not self._unsettled or (side is not None and side not in self._unsettled):
+            return
+        self.proceed()
+        dispatcher = self._dispatcher
+        for one in [side] if side is not None else list(self._unsettled):
+            self._unsettled.remove(one)
+            began = time.monotonic()
+            found = self._receive(one)
+            for batch, summary, summaries in zip(self._lanes, found, self.summaries, strict=True):
+                summaries[one] = summary
+                check_summary(summary, batch, one, dispatcher.links[one].name)
+                dispatcher.note_ignored(one, summary.ignored_options)
+            dispatcher.metrics.plan_seconds.observe(time.monotonic() - began)
+
+    def _ask(self) -> None:
+        if self._unsent:
+            side, *self._unsent = self._unsent
+            if self._dispatcher.dispatch is Dispatch.WALK:
+                self._send(side)
+
+    def _send(self, side: Kind) -> None:
+        """Open the lanes of the step at one service, in their order."""
+        dispatcher = self._dispatcher
+        walk, handover = dispatcher.walk(side), dispatcher.handover(side)
+        opened = []
+        for batch, request in zip(self._lanes, self._requests, strict=True):
+            prepared = dispatcher.prepared(batch.role, batch.num_tokens, batch.lane)
+            tickets = [layer.ticket for (_, at), layer in prepared.items() if at is side]
+            opened.append(pb.OpenStep(plan=request, tickets=tickets))
+        if handover is None:
+            for step in opened:
+                walk.send(pb.WalkRequest(open=step))
+            return
+        for step, bells in zip(opened, handover.begin(len(tickets), len(opened)), strict=True):
+            step.doorbells.CopyFrom(bells)
+        handover.send(opened)
+
+    def _receive(self, side: Kind) -> list[pb.PlanSummary]:
+        """What one service planned for each lane."""
+        dispatcher = self._dispatcher
+        if dispatcher.dispatch is Dispatch.RPC:
+            return [dispatcher.links[side].plan(request).summary for request in self._requests]
+        handover = dispatcher.handover(side)
+        if handover is not None:
+            return [answer.opened.summary for answer in handover.receive(len(self._lanes))]
+        return [dispatcher.walk(side).receive().opened.summary for _ in self._lanes]
+
+
+@dataclass
+class _Stamps:
+    """When the orchestrator handed a layer over, waited for it and had it; of a message, the rest too."""
+
+    posted_ns: int
+    waited_ns: int = 0
+    taken_ns: int = 0
+    timing: common_pb2.Timing | None = None
+
+
+class Step:
+    """One lane's walk of a batch through all layers of its role."""
+
+    def __init__(self, dispatcher: Dispatcher, batch: Batch, opening: Opening) -> None:
+        self.batch = batch
+        self.opening = opening
+        self._dispatcher = dispatcher
+        self._layers = dispatcher.prepared(batch.role, batch.num_tokens, batch.lane)
         self._next = dict.fromkeys((side for _, side in self._layers), 0)
-        self._ran: dict[tuple[int, Kind], int] = {}
-        """(layer id, side) → nanoseconds that the body waited."""
-        self._times: dict[tuple[int, Kind], common_pb2.Timing] = {}
-        self._plan()
+        self._ran: dict[tuple[int, Kind], _Stamps] = {}
+        self._began = time.monotonic_ns()
+
+    @property
+    def summaries(self) -> Mapping[Kind, pb.PlanSummary]:
+        """What each service planned."""
+        return self.opening.summaries[self.batch.lane]
 
     def attend(
         self, layer_id: int, inputs: Mapping[str, torch.Tensor], side: Kind | None = None
@@ -294,15 +412,31 @@ class Step:
                     field=name,
                 )
             target.copy_(source)
-        self._run(layer)
+        self._post(layer)
+        self._take(layer)
         return layer.output
 
     def run(self, layer_id: int, side: Kind | None = None) -> common_pb2.Timing:
         """As `attend`, for a layer whose input buffers are written already; when it ran."""
         layer = self._layer(layer_id, side)
-        self._run(layer)
-        received, started, finished = self._times_of(layer)
+        self._post(layer)
+        self._take(layer)
+        received, started, finished = self._times(layer)
         return common_pb2.Timing(received_ns=received, started_ns=started, finished_ns=finished)
+
+    def announce(self, layer_id: int, side: Kind) -> None:
+        """Let the service of a layer that will be posted soon wake up by then."""
+        handover = self._dispatcher.handover(side)
+        if handover is not None:
+            handover.announce(self._layers[layer_id, side].index, self.batch.lane)
+
+    def post(self, layer_id: int, side: Kind) -> None:
+        """Hand a layer over whose input buffers are written; `take` waits for it. Raises as `attend`."""
+        self._post(self._layer(layer_id, side))
+
+    def take(self, layer_id: int, side: Kind) -> None:
+        """Wait until the output buffer of a layer that was posted is written. Raises as `attend`."""
+        self._take(self._layers[layer_id, side])
 
     def finish(self) -> None:
         """Close the step and count its layers.
@@ -313,38 +447,28 @@ class Step:
         left = [f"{side.value} {layer_id}" for layer_id, side in self._layers.keys() - self._ran.keys()]
         if left:
             raise StepOrder(f"the step ends but layers have not run: {', '.join(sorted(left))}")
-        for key, elapsed in self._ran.items():
-            layer = self._layers[key]
-            _, started, finished = self._times_of(layer)
-            self._dispatcher.record(layer.point, self._mode, elapsed, finished - started)
+        self.opening.settle()  # of a service without layers here nobody has waited
+        finished = time.monotonic_ns()
+        batch = self.batch
+        layers = tuple(self._layer_times(self._layers[key], stamps) for key, stamps in self._ran.items())
+        self._dispatcher.record(
+            StepTimes(
+                batch.role,
+                batch.step,
+                batch.lane,
+                batch.mode,
+                batch.num_tokens,
+                self._began,
+                finished,
+                layers,
+            )
+        )
         if self._dispatcher.dispatch is Dispatch.WALK:
-            close = pb.WalkRequest(close=pb.CloseStep(step=self.batch.step, lane=self.batch.lane))
+            close = pb.WalkRequest(close=pb.CloseStep(step=batch.step, lane=batch.lane))
             for side in self._next:
-                self._dispatcher.walk(side).send(close)
-
-    def _plan(self) -> None:
-        """Have every service that has layers of this role plan the batch, all at the same time."""
-        dispatcher, batch = self._dispatcher, self.batch
-        began = time.monotonic()
-        request = pb.PlanRequest(batch=dispatcher.store.publish(batch), options=dispatcher.plan_options)
-        if dispatcher.dispatch is Dispatch.WALK:
-            for side in self._next:
-                dispatcher.walk(side).send(pb.WalkRequest(open=self._opening(side, request)))
-        for side in self._next:
-            if dispatcher.dispatch is Dispatch.WALK:
-                summary = dispatcher.walk(side).receive().opened.summary
-            else:
-                summary = dispatcher.links[side].plan(request).summary
-            self.summaries[side] = summary
-            check_summary(summary, batch, side, dispatcher.links[side].name)
-            dispatcher.note_ignored(side, summary.ignored_options)
-        dispatcher.metrics.plan_seconds.observe(time.monotonic() - began)
-
-    def _opening(self, side: Kind, request: pb.PlanRequest) -> pb.OpenStep:
-        tickets = [layer.ticket for (_, at), layer in self._layers.items() if at is side]
-        handover = self._dispatcher.handover(side)
-        bells = handover.begin(len(tickets)) if handover is not None else None
-        return pb.OpenStep(plan=request, tickets=tickets, doorbells=bells)
+                # A step that is handed over by doorbells ends with its last layer.
+                if self._dispatcher.handover(side) is None:
+                    self._dispatcher.walk(side).send(close)
 
     def _layer(self, layer_id: int, side: Kind | None) -> Prepared:
         """The layer, which must be due."""
@@ -357,30 +481,21 @@ class Step:
             raise StepOrder(f"layer {layer_id} ({side.value}) is not the next one", layer_id=layer_id)
         return layer
 
-    def _run(self, layer: Prepared) -> None:
+    def _post(self, layer: Prepared) -> None:
         _, layer_id, side = layer.point
-        began = time.monotonic_ns()
-        handover = self._dispatcher.handover(side)
-        if handover is not None:
-            handover.run(layer.index)
-        else:
-            self._times[layer_id, side] = self._send(side, layer)
-        self._ran[layer_id, side] = time.monotonic_ns() - began
-        self._next[side] += 1
-
-    def _times_of(self, layer: Prepared) -> tuple[int, int, int]:
-        """When the service received, started and finished a layer, nanoseconds of CLOCK_MONOTONIC."""
-        _, layer_id, side = layer.point
-        handover = self._dispatcher.handover(side)
-        if handover is not None:
-            return handover.times(layer.index)
-        timing = self._times[layer_id, side]
-        return timing.received_ns, timing.started_ns, timing.finished_ns
-
-    def _send(self, side: Kind, layer: Prepared) -> common_pb2.Timing:
-        """Have a layer run by a message."""
         dispatcher, batch = self._dispatcher, self.batch
-        if dispatcher.dispatch is Dispatch.RPC:
+        stamps = self._ran[layer_id, side] = _Stamps(time.monotonic_ns())
+        self._next[side] += 1
+        handover = dispatcher.handover(side)
+        if handover is not None:
+            handover.post(layer.index, batch.lane)
+            self.opening.proceed()
+        elif dispatcher.dispatch is Dispatch.WALK:
+            self.opening.settle(side)  # a stream's answers come in order
+            run = pb.RunTicket(step=batch.step, lane=batch.lane, index=layer.index)
+            dispatcher.walk(side).send(pb.WalkRequest(run=run))
+        else:
+            self.opening.settle(side)
             request = pb.AttendRequest(
                 role=convert.ROLES[batch.role],
                 epoch=batch.epoch,
@@ -388,12 +503,51 @@ class Step:
                 lane=batch.lane,
                 ticket=layer.ticket,
             )
-            return dispatcher.links[side].attend(request).timing
-        run = pb.RunTicket(step=batch.step, lane=batch.lane, index=layer.index)
-        answer = dispatcher.walk(side).call(pb.WalkRequest(run=run))
-        if answer.step != batch.step or answer.lane != batch.lane or answer.done.index != layer.index:
-            raise StepOrder(f"the {side.value} service answered for step {answer.step}, not {batch.step}")
-        return answer.done.timing
+            stamps.timing = dispatcher.links[side].attend(request).timing
+
+    def _take(self, layer: Prepared) -> None:
+        _, layer_id, side = layer.point
+        dispatcher, batch = self._dispatcher, self.batch
+        stamps = self._ran[layer_id, side]
+        self.opening.settle(side)
+        stamps.waited_ns = time.monotonic_ns()
+        handover = dispatcher.handover(side)
+        if handover is not None:
+            handover.take(layer.index, batch.lane)
+        elif dispatcher.dispatch is Dispatch.WALK:
+            answer = dispatcher.walk(side).receive()
+            if answer.step != batch.step or answer.lane != batch.lane or answer.done.index != layer.index:
+                raise StepOrder(f"the {side.value} service answered for step {answer.step}, not {batch.step}")
+            stamps.timing = answer.done.timing
+        stamps.taken_ns = time.monotonic_ns()
+
+    def _times(self, layer: Prepared) -> tuple[int, int, int]:
+        """When the service received, started and finished a layer, nanoseconds of CLOCK_MONOTONIC."""
+        _, layer_id, side = layer.point
+        timing = self._ran[layer_id, side].timing
+        if timing is not None:
+            return timing.received_ns, timing.started_ns, timing.finished_ns
+        handover = self._dispatcher.handover(side)
+        if handover is None:
+            raise StepOrder(f"layer {layer_id} ({side.value}) has no times: its walk has ended")
+        received, started, finished = handover.times(layer.index, self.batch.lane)
+        return received, started, finished
+
+    def _layer_times(self, layer: Prepared, stamps: _Stamps) -> LayerTimes:
+        role, layer_id, side = layer.point
+        received, started, finished = self._times(layer)
+        return LayerTimes(
+            role,
+            layer_id,
+            side,
+            self.batch.lane,
+            stamps.posted_ns,
+            received,
+            started,
+            finished,
+            stamps.waited_ns,
+            stamps.taken_ns,
+        )
 
 
 def check_coverage(plan: LayerPlan, accepted: Mapping[Kind, pb.AcceptedLayers]) -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "auto")
 STATE_DTYPES = ("float32", "bfloat16")
+SEGMENTS = ("auto", "native", "inductor", "cudagraph", "eager", "off")
+OVERLAPS = ("auto", "on", "off")
 DISPATCHES = ("walk", "rpc")
 PLACEMENTS = ("process", "embedded")
 
@@ -57,6 +59,10 @@ class Settings:
     threads: int = 0
     """Of each process; 0: $OMP_NUM_THREADS, else one for each core."""
     trust_remote_code: bool = False
+    segments: str = "auto"
+    overlap: str = "auto"
+    prefix_cache: bool = True
+    max_waiting: int = 1024
 
     def arguments(self) -> list[str]:
         """The same as options of `python -m braid_orchestrator`."""
@@ -71,8 +77,12 @@ class Settings:
             "--page-size": self.page_size,
             "--pool-bytes": self.pool_bytes,
             "--threads": self.threads,
+            "--segments": self.segments,
+            "--overlap": self.overlap,
+            "--max-waiting": self.max_waiting,
         }
         arguments = [str(word) for pair in given.items() for word in pair]
+        arguments.append("--prefix-cache" if self.prefix_cache else "--no-prefix-cache")
         return [*arguments, "--trust-remote-code"] if self.trust_remote_code else arguments
 
     def plans(self) -> ModelPlans:
@@ -95,6 +105,7 @@ class Settings:
 
         from braid_orchestrator.cell import CellOptions
         from braid_orchestrator.dispatcher import Dispatch
+        from braid_orchestrator.overlap import OverlapMode
         from braid_orchestrator.store import Limits
 
         name = self.plans().dtype if self.dtype == "auto" else self.dtype
@@ -110,6 +121,10 @@ class Settings:
                 pool_bytes=self.pool_bytes,
             ),
             trust_remote_code=self.trust_remote_code,
+            segments=self.segments,
+            overlap=OverlapMode(self.overlap),
+            prefix_cache=self.prefix_cache,
+            max_waiting=self.max_waiting,
         )
 
     def raised_for(self, lengths: list[int]) -> Settings:
@@ -125,8 +140,8 @@ class Settings:
         itemsize = DTYPE_BYTES[plans.dtype if self.dtype == "auto" else self.dtype]
         page = plan_memory(plans.target, self.page_size, itemsize)
         pages = max(sum(self._pages(length) for length in lengths), self._pages(self.max_context))
-        # Every sequence reads one slot and writes another.
-        return page.kv_bytes * pages + page.state_bytes * 2 * self.max_sequences
+        # Every sequence reads one slot and writes another; one hands over between two lanes.
+        return page.kv_bytes * pages + page.state_bytes * (2 * self.max_sequences + 1)
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.page_size)

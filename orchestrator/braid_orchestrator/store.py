@@ -15,15 +15,21 @@ from braid.v1 import attention_pb2 as pb
 from braid.v1 import common_pb2
 from braid_wire import convert, dtypes
 from braid_wire.arena import ALIGNMENT, Allocator, Arena, ArenaOwner
-from braid_wire.batch import SHARED_DTYPES, Batch
+from braid_wire.batch import SHARED_DTYPES, Batch, IntArray
 from braid_wire.doorbell import BELL_BYTES
 from braid_wire.errors import BatchInvalid, ConfigInvalid, ViewInvalid
 from braid_wire.layers import Kind, LayerPlan, LayerSpec, Role
 from braid_wire.views import view_of
 
-from braid_orchestrator.memory import Pool, RoleMemory
+from braid_orchestrator.memory import RoleMemory
+from braid_orchestrator.pool import Pool
 
 _BELLS = 1024
+# Pairs of mailboxes of all walks, and bytes of one: plans of a hundred layers on two lanes fit.
+_MAILBOXES = 64
+_MAIL_BYTES = 1 << 18
+# Layouts of batches of different sizes that are kept.
+_PUBLISHED = 256
 
 LayerParams = Mapping[tuple[Role, int], Mapping[str, torch.Tensor]]
 """(role, layer id) → parameter name → tensor, for the layers that have any."""
@@ -73,20 +79,29 @@ class Buffers:
 
 @dataclass(frozen=True)
 class Bells:
-    """The memory of one walk's doorbells, and of the times that the service writes."""
+    """The memory of one walk's doorbells and mailboxes, and of the times that the service writes."""
 
     request: torch.Tensor  # uint8 [64]
     done: torch.Tensor  # uint8 [64]
-    timings: torch.Tensor  # int64 [most tickets, 3]
+    timings: torch.Tensor  # int64 [lanes, most tickets, 3]
+    requests: torch.Tensor  # uint8 [n]
+    responses: torch.Tensor  # uint8 [n]
     arena: Arena
 
-    def message(self, base: int, tickets: int) -> pb.Doorbells:
-        """The message that names them, for a step of so many tickets."""
+    def message(self, base: int, tickets: int, lane: int, lanes: int) -> pb.Doorbells:
+        """The message that names them, for one lane of a step of so many tickets."""
         return pb.Doorbells(
             request=view_of(self.request, self.arena),
             done=view_of(self.done, self.arena),
             base=base,
-            timings=view_of(self.timings[:tickets], self.arena),
+            timings=view_of(self.timings[lane, :tickets], self.arena),
+            lanes=lanes,
+        )
+
+    def mail(self) -> pb.Mailboxes:
+        """The message that names the mailboxes."""
+        return pb.Mailboxes(
+            requests=view_of(self.requests, self.arena), responses=view_of(self.responses, self.arena)
         )
 
 
@@ -99,6 +114,8 @@ class Store:
         params: static parameters; copied once into shared memory.
         limits: sizes.
         element: dtypes.
+        lanes: 1; or 2, where steps may be split in two that run side by side.
+        state_spacing: tokens of a prefix for which one state can be cached; 0: none is.
 
     Raises:
         ConfigInvalid: `pool_bytes` is too small for a single sequence.
@@ -112,8 +129,12 @@ class Store:
         params: LayerParams,
         limits: Limits,
         element: Dtypes,
+        lanes: int = 1,
+        state_spacing: int = 0,
     ) -> None:
         self.owner = owner
+        self.lanes = lanes
+        self._state_spacing = state_spacing
         self.plans = plans
         self.limits = limits
         self.element = element
@@ -123,14 +144,17 @@ class Store:
         self._tables: dict[tuple[Role, Kind], torch.Tensor] = {}
         self._pool_arenas: dict[tuple[Role, Kind], Arena] = {}
         self.memory = self._make_memory()
-        self._activations: dict[object, Buffers] = {}
+        self._activations: dict[tuple[int, object], Buffers] = {}
         self._activation_arena = self._make_activations()
-        self._metadata = Allocator(self._arena(self._metadata_bytes(), "metadata"))
-        self._bells, self._timings = self._make_bells()
+        self._metadata = [
+            Allocator(self._arena(self._metadata_bytes(), f"metadata-{lane}")) for lane in range(lanes)
+        ]
+        self._published: dict[tuple[object, ...], tuple[pb.Batch, dict[str, IntArray]]] = {}
+        self._bells, self._timings, self._mailboxes = self._make_bells()
         self._bells_given = 0
 
-    def buffers(self, spec: LayerSpec, side: Kind, rows: int) -> Buffers:
-        """The first `rows` rows of the buffers of one layer side.
+    def buffers(self, spec: LayerSpec, side: Kind, rows: int, lane: int = 0) -> Buffers:
+        """The first `rows` rows of a lane's buffers of one layer side.
 
         Layers of the same geometry share them: a layer's output is used up by the body before the
         next layer's inputs are written.
@@ -142,7 +166,7 @@ class Store:
             raise BatchInvalid(
                 f"the step has {rows} tokens; the cell takes {self.limits.max_tokens}", field="num_tokens"
             )
-        whole = self._activations[spec.geometry(side)]
+        whole = self._activations[lane, spec.geometry(side)]
         return Buffers({name: tensor[:rows] for name, tensor in whole.inputs.items()}, whole.output[:rows])
 
     def view(self, tensor: torch.Tensor) -> common_pb2.TensorView:
@@ -152,35 +176,55 @@ class Store:
     def bells(self, kind: Kind) -> Bells:
         """Doorbells for a new walk to the service of one kind, at zero.
 
-        They are used again only after hundreds of walks, so that a writer of an older epoch that is
-        late by all of those is needed to disturb one.
+        They are used again only after dozens of walks, so that a writer of an older epoch that is late by
+        all of those is needed to disturb one.
         """
         index = 2 * (self._bells_given % (len(self._bells) // 2))
+        requests, responses = self._mailboxes[self._bells_given % _MAILBOXES]
         self._bells_given += 1
         request, done = self._bells[index], self._bells[index + 1]
-        request.zero_()
-        done.zero_()
-        return Bells(request, done, self._timings[kind], self._bell_arena)
+        for bell in (request, done, requests[:BELL_BYTES], responses[:BELL_BYTES]):
+            bell.zero_()
+        return Bells(request, done, self._timings[kind], requests, responses, self._bell_arena)
 
     def publish(self, batch: Batch) -> pb.Batch:
         """Put a batch's arrays into shared memory and name them in a message.
 
-        The memory is used again by the next batch that is published.
+        The memory is used again by the next batch of the same lane that is published.
         """
-        self._metadata.reset()
+        arrays = batch.shared()
+        # Without states no array's shape tells the number of tokens.
+        sizes = ((name, array.shape) for name, array in arrays.items())
+        key = batch.role, batch.lane, batch.num_tokens, *sizes
+        if key not in self._published:
+            if len(self._published) >= _PUBLISHED:
+                self._published.pop(next(iter(self._published)))
+            self._published[key] = self._layout(batch, arrays)
+        layout, places = self._published[key]
+        for name, array in arrays.items():
+            places[name][...] = array
+        message = pb.Batch()
+        message.CopyFrom(layout)
+        message.epoch, message.step = batch.epoch, batch.step
+        return message
+
+    def _layout(self, batch: Batch, arrays: Mapping[str, IntArray]) -> tuple[pb.Batch, dict[str, IntArray]]:
+        """Where arrays of these shapes lie in their lane's metadata: a message without numbers, and the
+        places to write to."""
+        metadata = self._metadata[batch.lane]
+        metadata.reset()
         message = pb.Batch(
             role=convert.ROLES[batch.role],
-            epoch=batch.epoch,
-            step=batch.step,
             lane=batch.lane,
             num_tokens=batch.num_tokens,
             num_sequences=batch.num_sequences,
         )
-        for name, array in batch.shared().items():
-            shared = self._metadata.empty(array.shape, SHARED_DTYPES[name])
-            shared.numpy()[...] = array
-            getattr(message, name).CopyFrom(view_of(shared, self._metadata.arena))
-        return message
+        places = {}
+        for name, array in arrays.items():
+            shared = metadata.empty(array.shape, SHARED_DTYPES[name])
+            places[name] = shared.numpy()
+            getattr(message, name).CopyFrom(view_of(shared, metadata.arena))
+        return message, places
 
     def configure_request(self, kind: Kind, epoch: int, cell: str) -> pb.ConfigureRequest:
         """All that the service of one kind needs to know."""
@@ -284,10 +328,12 @@ class Store:
 
         Every sequence of a step reads one slot and writes another, so there are twice as many
         slots as sequences; pages get what is left of the budget, up to what all sequences at full
-        length could use.
+        length could use. Where states are cached too, theirs are what pages leave, or a quarter of
+        what is not needed for a single sequence.
         """
         limits = self.limits
-        slots = 2 * limits.max_sequences
+        # A prompt that lies in both lanes hands its state over in one more.
+        slots = 2 * limits.max_sequences + self.lanes - 1
         slot_bytes = sum(self._unit_bytes(plan, Kind.LINEAR) for plan in self.plans.values())
         page_bytes = sum(self._unit_bytes(plan, Kind.FULL) for plan in self.plans.values())
         per_sequence = -(-limits.max_context // limits.page_size)
@@ -303,6 +349,12 @@ class Store:
                 field="pool_bytes",
                 value=limits.pool_bytes,
             )
+        if self._state_spacing and slot_bytes:
+            beyond = max(budget - pages * page_bytes, (budget - per_sequence * page_bytes) // 4)
+            cached = min(beyond // slot_bytes, pages * limits.page_size // self._state_spacing)
+            if page_bytes:
+                pages = min(pages, (budget - cached * slot_bytes) // page_bytes)
+            slots += cached
         return pages, slots
 
     def _make_activations(self) -> Arena:
@@ -314,23 +366,29 @@ class Store:
             for spec in plan.side(side)
         }
         shapes = [((rows, *shape), dtype) for g in geometries for shape in (*g.inputs().values(), g.output())]
-        arena = self._arena(_bytes(shapes), "activations")
+        arena = self._arena(_bytes(shapes * self.lanes), "activations")
         allocator = Allocator(arena)
-        for geometry in geometries:
-            self._activations[geometry] = Buffers(
-                {n: allocator.empty((rows, *shape), dtype) for n, shape in geometry.inputs().items()},
-                allocator.empty((rows, *geometry.output()), dtype),
-            )
+        for lane in range(self.lanes):
+            for geometry in geometries:
+                self._activations[lane, geometry] = Buffers(
+                    {n: allocator.empty((rows, *shape), dtype) for n, shape in geometry.inputs().items()},
+                    allocator.empty((rows, *geometry.output()), dtype),
+                )
         return arena
 
-    def _make_bells(self) -> tuple[torch.Tensor, dict[Kind, torch.Tensor]]:
-        """uint8 [bells, 64], and int64 [most tickets, 3] of each kind."""
+    def _make_bells(self) -> tuple[torch.Tensor, dict[Kind, torch.Tensor], torch.Tensor]:
+        """uint8 [bells, 64], int64 [lanes, most tickets, 3] of each kind, and uint8 [mailboxes, 2, n]."""
         most = max(len(plan) for plan in self.plans.values())
-        bells, times = ((_BELLS, BELL_BYTES), torch.uint8), ((most, 3), torch.int64)
-        self._bell_arena = self._arena(_bytes([bells, times, times]), "doorbells")
+        bells, times = ((_BELLS, BELL_BYTES), torch.uint8), ((self.lanes, most, 3), torch.int64)
+        mail = ((_MAILBOXES, 2, _MAIL_BYTES), torch.uint8)
+        self._bell_arena = self._arena(_bytes([bells, times, times, mail]), "doorbells")
         allocator = Allocator(self._bell_arena)
         found = allocator.empty(*bells)
-        return found, {kind: allocator.empty(*times) for kind in (Kind.FULL, Kind.LINEAR)}
+        return (
+            found,
+            {kind: allocator.empty(*times) for kind in (Kind.FULL, Kind.LINEAR)},
+            allocator.empty(*mail),
+        )
 
     def _metadata_bytes(self) -> int:
         limits = self.limits

@@ -10,7 +10,16 @@ from typing import Any
 import click
 from braid_wire.errors import RequestInvalid
 
-from braid_orchestrator.settings import DISPATCHES, DTYPES, PLACEMENTS, STATE_DTYPES, Settings, parse_bytes
+from braid_orchestrator.settings import (
+    DISPATCHES,
+    DTYPES,
+    OVERLAPS,
+    PLACEMENTS,
+    SEGMENTS,
+    STATE_DTYPES,
+    Settings,
+    parse_bytes,
+)
 
 Command = Callable[..., Any]
 PEM = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -84,6 +93,20 @@ def _options() -> dict[str, Callable[[Command], Command]]:
             default=_DEFAULTS.threads,
             help="Threads of each process; 0 (the default): $OMP_NUM_THREADS, else one for each core.",
         ),
+        "segments": click.option(
+            "--segments",
+            type=click.Choice(SEGMENTS),
+            default=_DEFAULTS.segments,
+            show_default=True,
+            help="What runs the model between its attention layers; off: its own modules.",
+        ),
+        "overlap": click.option(
+            "--overlap",
+            type=click.Choice(OVERLAPS),
+            default=_DEFAULTS.overlap,
+            show_default=True,
+            help="Run steps in two lanes, one in the body while the other is in a service.",
+        ),
         "max_tokens": _limit("--max-tokens", _DEFAULTS.max_tokens, "Most tokens of one step."),
         "max_sequences": _limit("--max-sequences", _DEFAULTS.max_sequences, "Most sequences of one step."),
         "max_context": _limit("--max-context", _DEFAULTS.max_context, "Most tokens of one sequence."),
@@ -94,6 +117,13 @@ def _options() -> dict[str, Callable[[Command], Command]]:
             default="1GiB",
             show_default=True,
             help="Memory of all pages and states; it is taken as it is used.",
+        ),
+        "max_waiting": _limit("--max-waiting", _DEFAULTS.max_waiting, "Most requests that wait for a place."),
+        "prefix_cache": click.option(
+            "--prefix-cache/--no-prefix-cache",
+            default=_DEFAULTS.prefix_cache,
+            show_default=True,
+            help="Compute what requests have in common at their beginning once.",
         ),
         "trust_remote_code": click.option(
             "--trust-remote-code", is_flag=True, help="Run code that lies in the model's directory."

@@ -23,7 +23,19 @@ from braid_wire.views import view_of
 from braid_orchestrator.cell import Cell
 from braid_orchestrator.dispatcher import Point
 from braid_orchestrator.engine_stream import EngineStream
-from braid_orchestrator.request import Failed, Finish, Finished, Request, Scored, Token
+from braid_orchestrator.request import (
+    Event,
+    Failed,
+    Finish,
+    Finished,
+    PromptLogprobs,
+    Request,
+    Scored,
+    Token,
+    fan_out,
+    merged,
+)
+from braid_orchestrator.sampler import Alternatives, logprobs
 from braid_orchestrator.sampling import Sampling
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Orchestrator"].full_name
@@ -55,26 +67,18 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServicer):
     def Generate(
         self, request: pb.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GenerateResponse]:
-        work = self._request(request)
-        self._cell.engine.submit(work)
-        context.add_callback(lambda: self._cell.engine.cancel(work))
-        text = self._cell.tokenizer.stream() if self._cell.tokenizer is not None else None
-        for event in work.stream():
-            if isinstance(event, Token):
-                yield pb.GenerateResponse(
-                    request_id=work.request_id,
-                    token_ids=[event.token_id],
-                    text=text.push(event.token_id) if text is not None else "",
-                )
-            elif isinstance(event, Failed):
-                raise event.error
-            elif isinstance(event, Finished):
-                yield pb.GenerateResponse(
-                    request_id=work.request_id,
-                    finish_reason=_FINISH[event.reason],
-                    prompt_tokens=len(work.prompt),
-                    completion_tokens=work.made,
-                )
+        asked = self._request(request)
+        works = fan_out(asked, request.n or 1)
+        context.add_callback(lambda: self._cancel(works))
+        try:
+            for work in works:
+                self._cell.engine.submit(work)
+            for index, event in merged(works):
+                if isinstance(event, Failed):
+                    raise event.error
+                yield _response(asked.request_id, works[index], event)
+        finally:
+            self._cancel(works)
 
     def Score(self, request: pb.ScoreRequest, context: grpc.ServicerContext) -> pb.ScoreResponse:
         if not request.sequences:
@@ -138,19 +142,24 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServicer):
         return pb.DrainResponse(remaining=self._cell.engine.drain(timeout))
 
     def _request(self, request: pb.GenerateRequest) -> Request:
-        if request.max_tokens < 1:
+        if request.HasField("max_tokens") and request.max_tokens < 1:
             raise RequestInvalid(
                 f"max_tokens is {request.max_tokens}; it must be at least 1",
                 field="max_tokens",
                 value=request.max_tokens,
             )
-        own_stops: frozenset[int] = frozenset() if request.ignore_eos else self._cell.stop_ids
         return Request(
             request_id=request.request_id or uuid.uuid4().hex,
             prompt=np.array(self._prompt(request), dtype=np.int64),
-            sampling=_sampling(request),
-            max_tokens=request.max_tokens,
-            stop_ids=own_stops | frozenset(request.stop_token_ids),
+            sampling=_sampling(request.sampling),
+            max_tokens=request.max_tokens if request.HasField("max_tokens") else None,
+            stop_ids=frozenset(request.stop_token_ids),
+            stop_strings=tuple(request.stop_strings),
+            include_stop_str_in_output=request.include_stop_str_in_output,
+            end_ids=self._cell.stop_ids,
+            ignore_eos=request.ignore_eos,
+            deadline_s=request.deadline_s if request.HasField("deadline_s") else None,
+            tokenizer=self._cell.tokenizer,
         )
 
     def _prompt(self, request: pb.GenerateRequest) -> Sequence[int]:
@@ -247,14 +256,51 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServicer):
         return found
 
 
-def _sampling(request: pb.GenerateRequest) -> Sampling:
-    given = request.sampling
+def _sampling(given: pb.SamplingParams) -> Sampling:
     return Sampling(
         temperature=given.temperature,
         top_k=given.top_k,
         top_p=given.top_p if given.HasField("top_p") else 1.0,
         min_p=given.min_p,
         seed=given.seed if given.HasField("seed") else None,
+        repetition_penalty=given.repetition_penalty if given.HasField("repetition_penalty") else 1.0,
+        presence_penalty=given.presence_penalty,
+        frequency_penalty=given.frequency_penalty,
+        logit_bias=given.logit_bias,
+        min_tokens=given.min_tokens,
+        logprobs=given.logprobs if given.HasField("logprobs") else None,
+        prompt_logprobs=given.prompt_logprobs if given.HasField("prompt_logprobs") else None,
+    )
+
+
+def _response(request_id: str, work: Request, event: Event) -> pb.GenerateResponse:
+    response = pb.GenerateResponse(request_id=request_id, index=work.index)
+    if isinstance(event, PromptLogprobs):
+        prompt = work.prompt[1:].tolist()
+        for token, (logprob, top) in zip(prompt, event.entries, strict=True):
+            response.prompt_logprobs.append(_token_logprob(token, logprob, top))
+    elif isinstance(event, Token):
+        response.token_ids.append(event.token_id)
+        response.text = event.text
+        if event.logprob is not None:
+            response.logprobs.append(_token_logprob(event.token_id, event.logprob, event.top))
+    elif isinstance(event, Finished):
+        response.text = event.text
+        response.finish_reason = _FINISH[event.reason]
+        response.prompt_tokens = len(work.prompt)
+        response.completion_tokens = work.made
+        response.cached_tokens = work.cached_tokens
+        if isinstance(event.stop, int):
+            response.stop_token_id = event.stop
+        elif event.stop is not None:
+            response.stop_string = event.stop
+    return response
+
+
+def _token_logprob(token: int, logprob: float, top: Alternatives) -> pb.TokenLogprob:
+    return pb.TokenLogprob(
+        token=pb.Alternative(token_id=token, logprob=logprob),
+        top=[pb.Alternative(token_id=other, logprob=value) for other, value in top],
     )
 
 
@@ -287,6 +333,5 @@ def _scored(work: Request) -> Scored:
 
 def _logprobs(logits: torch.Tensor, prompt: np.ndarray) -> list[float]:
     """[L−1]: natural-log probability of each token after those before it."""
-    following = torch.from_numpy(prompt[1:])[:, None]
-    chosen = logits[:-1].log_softmax(-1).gather(1, following)
-    return [float(value) for value in chosen[:, 0]]
+    following = torch.from_numpy(prompt[1:]).to(logits.device)
+    return [value for value, _ in logprobs(logits[:-1], following)]

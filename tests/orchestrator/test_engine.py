@@ -129,7 +129,7 @@ def test_stop_tokens_end_a_request_and_are_not_given_out(cell: Cell) -> None:
     second = Request("b", prompt(10), max_tokens=10, stop_ids=frozenset({stop}))
     cell.engine.submit(second)
     events = list(second.stream())
-    assert events[-1] == Finished(Finish.STOP)
+    assert events[-1] == Finished(Finish.STOP, stop)
     assert [e.token_id for e in events if isinstance(e, Token)] == made[: made.index(stop)]
 
 

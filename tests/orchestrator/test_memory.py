@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from braid_orchestrator.memory import VERSIONS, Pool, RoleMemory, SequenceMemory, Span, Staged
+from braid_orchestrator.memory import VERSIONS, RoleMemory, SequenceMemory, Span, Staged
+from braid_orchestrator.pool import Pool
 from braid_wire.batch import NO_PAGE, NO_SLOT, Pools, check
 from braid_wire.errors import PoolExhausted, ReferenceStale, StepOrder
 from braid_wire.layers import Mode, Role
@@ -199,3 +200,97 @@ class MemoryMachine(RuleBasedStateMachine):
 
 TestMemoryMachine = MemoryMachine.TestCase
 TestMemoryMachine.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+
+
+def lanes_valid(memory: RoleMemory, staged: Staged, sequences: int) -> None:
+    """Both lanes of a step obey the contract, each by itself."""
+    assert memory.pages is not None
+    assert memory.slots is not None
+    pools = Pools(PAGE_SIZE, memory.pages.generation, memory.slots.generation)
+    for lane in staged.batch.split(sequences):
+        check(lane.shared(), lane.num_tokens, pools)
+
+
+@pytest.mark.parametrize("fed", [0, 5])
+def test_a_prompt_in_both_lanes_hands_its_state_over(fed: int) -> None:
+    memory, sequence, other = make(), SequenceMemory(1), SequenceMemory(2)
+    if fed:
+        memory.commit(memory.stage([span(sequence, fed)], 1, 1))
+    committed = sequence.slot
+    first, second = span(sequence, 7).cut(3)
+    staged = memory.stage([first, second, span(other, 2)], 1, 2)
+    lanes_valid(memory, staged, 1)
+    batch = staged.batch
+    assert batch.state_in is not None
+    assert batch.state_out is not None
+    assert list(batch.positions) == [*range(fed, fed + 7), 0, 1]
+    assert list(batch.context_lens) == [fed, fed + 3, 0]
+    assert batch.state_in[0] == committed
+    assert batch.state_out[2] == batch.state_in[1] != NO_SLOT
+    assert len({committed, batch.state_out[2], batch.state_out[6], batch.state_out[8]}) == 4
+    memory.commit(staged)
+    assert (sequence.length, sequence.slot) == (fed + 7, batch.state_out[6])
+    assert len(sequence.spares) + 1 == VERSIONS  # the slot between the lanes is free again
+    for one in (sequence, other):
+        memory.release(one)
+    assert (memory.pages.used, memory.slots.used) == (0, 0)  # type: ignore[union-attr]
+
+
+def test_a_step_in_two_lanes_that_is_forgotten_leaves_what_was() -> None:
+    memory, sequence = make(), SequenceMemory(1)
+    memory.commit(memory.stage([span(sequence, 3)], 1, 1))
+    before = sequence.slot, sequence.length
+    staged = memory.stage(list(span(sequence, 6).cut(2)), 1, 2)
+    memory.abort(staged)
+    assert (sequence.slot, sequence.length) == before
+    with pytest.raises(ReferenceStale):
+        lanes_valid(memory, staged, 1)  # late writers of the forgotten step are refused
+    again = memory.stage(list(span(sequence, 6).cut(2)), 1, 3)
+    lanes_valid(memory, again, 1)
+    memory.release(sequence)
+    memory.commit(again)
+    assert (memory.pages.used, memory.slots.used) == (0, 0)  # type: ignore[union-attr]
+
+
+def test_only_prompts_are_cut() -> None:
+    sequence = SequenceMemory(1)
+    for wrong in (
+        span(sequence, 1, Mode.DECODE),
+        span(sequence, 3, Mode.VERIFY),
+        span(sequence, 4).cut(2)[1],
+    ):
+        with pytest.raises(StepOrder):
+            wrong.cut(1)
+    for at in (0, 4, -1):
+        with pytest.raises(StepOrder):
+            span(sequence, 4).cut(at)
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3, 4])
+def test_verifying_keeps_the_state_after_the_last_token_kept(kept: int) -> None:
+    memory, sequence, other = make(), SequenceMemory(1), SequenceMemory(2)
+    memory.commit(memory.stage([span(sequence, 5), span(other, 2)], 1, 1))
+    staged = memory.stage([span(sequence, 4, Mode.VERIFY), span(other, 1, Mode.DECODE)], 1, 2)
+    valid(memory, staged)
+    out = staged.batch.state_out
+    assert out is not None
+    assert len(set(out.tolist()) | {sequence.slot, other.slot}) == 7  # every state in a slot of its own
+    memory.commit(staged, [kept, 1])
+    assert (sequence.length, sequence.slot) == (5 + kept, out[kept - 1])
+    assert (other.length, other.slot) == (3, out[4])
+    assert len(sequence.spares) + 1 == VERSIONS
+    for one in (sequence, other):
+        memory.release(one)
+    assert (memory.pages.used, memory.slots.used) == (0, 0)  # type: ignore[union-attr]
+
+
+def test_a_count_that_cannot_be_kept_commits_nothing() -> None:
+    memory, sequence, other = make(), SequenceMemory(1), SequenceMemory(2)
+    memory.commit(memory.stage([span(sequence, 5), span(other, 2)], 1, 1))
+    staged = memory.stage([span(sequence, 3, Mode.VERIFY), span(other, 2)], 1, 2)
+    for wrong in ([0, 2], [4, 2], [3, 1]):
+        with pytest.raises(StepOrder):
+            memory.commit(staged, wrong)
+    assert (sequence.length, other.length) == (5, 2)
+    memory.commit(staged, [1, 2])
+    assert (sequence.length, other.length) == (6, 4)

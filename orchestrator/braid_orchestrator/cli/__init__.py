@@ -25,6 +25,7 @@ from braid_orchestrator.cli.plan import plan
 from braid_orchestrator.cli.score import score
 from braid_orchestrator.cli.serve import serve
 from braid_orchestrator.cli.status import drain, status
+from braid_orchestrator.cli.trace import trace
 
 EXIT_UNREACHABLE = 3
 EXIT_INTERRUPTED = 130
@@ -42,7 +43,7 @@ def braid() -> None:
     """Serve hybrid-attention language models with both kinds of attention in services of their own."""
 
 
-for command in (serve, generate, score, plan, models, status, drain, bench):
+for command in (serve, generate, score, plan, models, status, drain, bench, trace):
     braid.add_command(command)
 
 

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from braid_orchestrator import console as consoles
-from braid_orchestrator.settings import DISPATCHES
+from braid_orchestrator.settings import DISPATCHES, OVERLAPS, SEGMENTS
+
+if TYPE_CHECKING:
+    from braid_orchestrator.bench.options import BenchOptions, Row
 
 _DTYPES = ("float32", "bfloat16")
+# Those of the package `bench`, which is not imported for its names alone: that takes seconds.
+TRANSPORT_NAMES = ("doorbells", "grpc_stream", "grpc_unary", "grpc_bytes")
+LOAD_NAMES = ("free", "loaded")
+
+Command = Callable[..., None]
 
 
 class Counts(click.ParamType):
@@ -34,34 +44,92 @@ class Counts(click.ParamType):
         return counts
 
 
+class Names(click.ParamType):
+    """Some of a few names, with commas between them."""
+
+    name = "names"
+
+    def __init__(self, known: Sequence[str]) -> None:
+        self._known = known
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        names = tuple(dict.fromkeys(word for word in str(value).split(",") if word))
+        unknown = [name for name in names if name not in self._known]
+        if unknown:
+            self.fail(f"{', '.join(unknown)} is none of {', '.join(self._known)}", param, ctx)
+        return names
+
+
+@dataclass(frozen=True)
+class _Defaults:
+    """Of the options that every benchmark has."""
+
+    batches: str
+    contexts: str
+    steps: int = 32
+    repeats: int = 5
+
+
 @click.group()
 def bench() -> None:
-    """Measure a cell against transformers and the embedded placement, in one run.
+    """Measure a cell against its peers, in one run.
 
     All peers have the same weights, dtype and threads, and take turns. Nothing is reported where
     their logits disagree.
     """
 
 
-def _options(batches: str, contexts: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The options of one benchmark."""
-    options = [
+def _options(defaults: _Defaults, *more: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """The options of one benchmark: the common ones, and its own."""
+    options: list[Callable[[Command], Command]] = [
         click.option(
             "--model",
             type=click.Path(exists=True, file_okay=False, path_type=Path),
             help="Checkpoint directory; without it, a 10 M-parameter hybrid with random weights.",
         ),
-        click.option("--batch", type=Counts(), default=batches, show_default=True, help="Sequences."),
-        click.option("--context", type=Counts(), default=contexts, show_default=True, help="Tokens of each."),
+        click.option(
+            "--batch", type=Counts(), default=defaults.batches, show_default=True, help="Sequences."
+        ),
+        click.option(
+            "--context", type=Counts(), default=defaults.contexts, show_default=True, help="Tokens of each."
+        ),
         click.option("--dtype", type=click.Choice(_DTYPES), default="float32", show_default=True),
-        click.option("--dispatch", type=click.Choice(DISPATCHES), default="walk", show_default=True),
+        click.option(
+            "--segments",
+            type=click.Choice(SEGMENTS),
+            default="auto",
+            show_default=True,
+            help="What runs the body between its layers.",
+        ),
         click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of each peer."),
-        click.option("--steps", type=click.IntRange(2), default=32, show_default=True, help="Decode steps."),
-        click.option("--repeats", type=click.IntRange(1), default=5, show_default=True),
+        click.option(
+            "--steps",
+            type=click.IntRange(2),
+            default=defaults.steps,
+            show_default=True,
+            help="Decode steps of a turn.",
+        ),
+        click.option(
+            "--repeats",
+            type=click.IntRange(1),
+            default=defaults.repeats,
+            show_default=True,
+            help="Turns of each peer that count; one more warms up.",
+        ),
+        *more,
         click.option("--json", "json_out", is_flag=True, help="Print one JSON object."),
+        click.option(
+            "--out",
+            type=click.Path(dir_okay=False, writable=True, path_type=Path),
+            help="Write the JSON object to a file, too.",
+        ),
     ]
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+    def decorate(command: Command) -> Command:
         for option in reversed(options):
             command = option(command)
         return command
@@ -69,44 +137,163 @@ def _options(batches: str, contexts: str) -> Callable[[Callable[..., None]], Cal
     return decorate
 
 
+_DISPATCH = click.option("--dispatch", type=click.Choice(DISPATCHES), default="walk", show_default=True)
+_OVERLAP = click.option(
+    "--overlap",
+    type=click.Choice(OVERLAPS),
+    default="auto",
+    show_default=True,
+    help="Whether steps run in two lanes.",
+)
+_PEERS = click.option(
+    "--peers",
+    type=Names(("embedded", *TRANSPORT_NAMES[1:])),
+    default="embedded",
+    show_default=True,
+    help="Beside transformers: the embedded placement, or cells with other transports.",
+)
+_TRANSPORT = click.option(
+    "--transport", type=Names(TRANSPORT_NAMES), default=",".join(TRANSPORT_NAMES), show_default=True
+)
+_LOAD = click.option(
+    "--load",
+    type=Names(LOAD_NAMES),
+    default=",".join(LOAD_NAMES),
+    show_default=True,
+    help="free: nothing else runs; loaded: a busy process on every core.",
+)
+
+
+PHASE_NAMES = ("decode", "prefill")
+_PHASE = click.option("--phase", type=Names(PHASE_NAMES), default=",".join(PHASE_NAMES), show_default=True)
+SWEEP_NAMES = ("layers", "batch", "context")
+_SWEEP = click.option(
+    "--sweep", type=Names(SWEEP_NAMES), default=",".join(SWEEP_NAMES), show_default=True, help="What varies."
+)
+_RANGES = (
+    click.option("--layers", type=Counts(), default="8,16,32,64,96", show_default=True, help="Of the model."),
+    click.option(
+        "--layers-context",
+        type=click.IntRange(1),
+        default=256,
+        show_default=True,
+        help="Tokens of the one sequence while layers vary.",
+    ),
+    click.option(
+        "--batch-context",
+        type=click.IntRange(1),
+        default=64,
+        show_default=True,
+        help="Tokens of each sequence while their number varies.",
+    ),
+)
+
+
 @bench.command()
-@_options("1,8,64", "512")
-def decode(json_out: bool, **given: Any) -> None:
+@_options(_Defaults("1,8,64", "512"), _DISPATCH, _OVERLAP, _PEERS)
+def decode(**given: Any) -> None:
     """Tokens per second when every sequence makes one token a step."""
-    _run("decode", json_out, given)
+    from braid_orchestrator.bench import runs
+
+    _run("decode", given, runs.decode)
 
 
 @bench.command()
-@_options("1", "2048")
-def prefill(json_out: bool, **given: Any) -> None:
+@_options(_Defaults("1", "2048"), _DISPATCH, _OVERLAP, _PEERS)
+def prefill(**given: Any) -> None:
     """Tokens per second of prompts that begin anew."""
-    _run("prefill", json_out, given)
+    from braid_orchestrator.bench import runs
+
+    _run("prefill", given, runs.prefill)
 
 
-def _run(name: str, json_out: bool, given: dict[str, Any]) -> None:
-    import torch
+@bench.command()
+@_options(_Defaults("1,8", "128"), _TRANSPORT, _LOAD)
+def hop(transport: tuple[str, ...], load: tuple[str, ...], **given: Any) -> None:
+    """Time in a layer that is not its kernel, transport against transport."""
+    from braid_orchestrator.bench import hop as hops
+
+    _run("hop", given, lambda options: hops.hop(options, transport, load))
+
+
+@bench.command()
+@_options(_Defaults("1,4,16,64,256", "1024,4096,16384,65536,131072", 8, 3), _SWEEP, *_RANGES)
+def scale(sweep: tuple[str, ...], **given: Any) -> None:
+    """Time of a decode step, and memory, against layers, sequences and context.
+
+    One size varies at a time. The layers sweep needs the model of random weights. Contexts beyond 4096
+    tokens are strung together from prompts of 2048: a step reads as much as after one long prompt.
+    """
+    from braid_orchestrator.bench import scale as scales
+
+    ranges = scales.Ranges(
+        layers=given["layers"],
+        layers_context=given["layers_context"],
+        batches=given["batch"],
+        batches_context=given["batch_context"],
+        contexts=given["context"],
+    )
+    _run("scale", given, lambda options: scales.scale(options, ranges, sweep))
+
+
+@bench.command()
+@_options(_Defaults("8,64", "256,1024", 24, 5), _PHASE)
+def overlap(phase: tuple[str, ...], **given: Any) -> None:
+    """Two lanes, of which one is in the body while the other is in a service, against one."""
+    from braid_orchestrator.bench import overlap as overlaps
+
+    _run("overlap", given, lambda options: overlaps.overlap(options, phase))
+
+
+def _run(name: str, given: dict[str, Any], measure: Callable[[BenchOptions], list[Row]]) -> None:
     from transformers.utils import logging as transformers_logging
 
-    from braid_orchestrator import bench as benches
+    from braid_orchestrator.bench.record import record
+    from braid_orchestrator.bench.view import show
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    runs = {"decode": benches.decode, "prefill": benches.prefill}
-    stderr = consoles.stderr()
-    with stderr.status("starting") as spinner:
-        options = benches.BenchOptions(
-            model=given["model"],
-            dtype=getattr(torch, given["dtype"]),
-            dispatch=given["dispatch"],
-            threads=given["threads"],
-            batches=given["batch"],
-            contexts=given["context"],
-            steps=given["steps"],
-            repeats=given["repeats"],
-            progress=spinner.update,
-        )
-        rows = runs[name](options)
-    if json_out:
-        print(json.dumps({"bench": name, "rows": rows}, indent=2))
+    with consoles.stderr().status("starting") as spinner:
+        rows = measure(_bench_options(given, lambda text: spinner.update(text)))
+    found = record(name, _typed(click.get_current_context()), rows)
+    if given["out"] is not None:
+        given["out"].write_text(json.dumps(found, indent=1) + "\n")
+    if given["json_out"]:
+        print(json.dumps(found, indent=2))
     else:
-        benches.show(rows, consoles.stdout())
+        show(rows, consoles.stdout())
+
+
+def _bench_options(given: dict[str, Any], progress: Callable[[str], None]) -> BenchOptions:
+    import torch
+
+    from braid_orchestrator.bench.options import BenchOptions
+
+    kept = {name: given[name] for name in ("dispatch", "overlap", "peers") if name in given}
+    return BenchOptions(
+        model=given["model"],
+        dtype=getattr(torch, given["dtype"]),
+        segments=given["segments"],
+        threads=given["threads"],
+        batches=given["batch"],
+        contexts=given["context"],
+        steps=given["steps"],
+        repeats=given["repeats"],
+        progress=progress,
+        **kept,
+    )
+
+
+def _typed(context: click.Context) -> str:
+    """The command line as it was typed, but for where its report goes."""
+    words = [context.command_path]
+    for param in context.command.params:
+        value = context.params.get(param.name or "")
+        if param.name in ("out", "json_out") or value is None:
+            continue
+        if context.get_parameter_source(param.name or "") is ParameterSource.COMMANDLINE:
+            words += [
+                param.opts[0],
+                ",".join(str(item) for item in value) if isinstance(value, tuple) else str(value),
+            ]
+    return " ".join(words)

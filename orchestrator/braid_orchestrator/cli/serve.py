@@ -8,8 +8,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -20,8 +21,10 @@ from braid_wire.process import EXIT_OK, log_level_option, setup_logging
 from braid_wire.rpc import Tls
 
 from braid_orchestrator import console as consoles
+from braid_orchestrator import gateway as gateways
 from braid_orchestrator.cli.options import PEM, placement_option, setting_options
 from braid_orchestrator.cli.session import loading
+from braid_orchestrator.gateway import GATEWAY, Gateway
 from braid_orchestrator.launcher import FULL, LINEAR, MODULES, ORCHESTRATOR, Endpoints, Launched, launch
 from braid_orchestrator.plan_view import strip
 from braid_orchestrator.settings import Settings, layer_summary
@@ -37,13 +40,21 @@ EXIT_INTERRUPTED = 130
 @click.option("--grpc", multiple=True, metavar="HOST:PORT", help="Also serve here; port 0: a free one.")
 @click.option(
     "--metrics-port",
-    type=click.IntRange(0, 65533),
-    help="First of three neighbouring ports of /metrics (orchestrator, full, linear); 0: free ones.  "
+    type=click.IntRange(0, 65532),
+    help="First of the neighbouring ports of /metrics (orchestrator, full, linear, gateway); 0: free ones.  "
     f"[default: {PORTS[ORCHESTRATOR]}]",
 )
 @click.option("--metrics-host", default="127.0.0.1", show_default=True, help="Host of /metrics.")
 @click.option("--tls-cert", type=PEM, help="PEM certificate for --grpc; needed beyond loopback.")
 @click.option("--tls-key", type=PEM, help="PEM key of the certificate.")
+@click.option("--gateway", is_flag=True, help="Also serve the OpenAI API over HTTP, on this machine.")
+@click.option(
+    "--gateway-port",
+    type=click.IntRange(0, 65535),
+    default=gateways.PORT,
+    show_default=True,
+    help="With --gateway: its port; 0: a free one.",
+)
 @placement_option
 @click.option(
     "--drain-seconds",
@@ -76,6 +87,8 @@ def serve(
     metrics_host: str,
     tls_cert: Path | None,
     tls_key: Path | None,
+    gateway: bool,
+    gateway_port: int,
     placement: str,
     drain_seconds: float,
     json_out: bool,
@@ -98,6 +111,8 @@ def serve(
         settings = replace(settings, model=model)
     explicit = {"--address": address, "--full": full, "--linear": linear, "--runtime-dir": runtime_dir}
     if only is not None:
+        if gateway:
+            raise click.UsageError("--gateway takes a whole cell; --only is one process")
         shared: dict[str, object] = {
             "--metrics-port": metrics_port,
             "--metrics-host": metrics_host,
@@ -113,8 +128,12 @@ def serve(
         raise click.UsageError("MODEL is missing")
     first = PORTS[ORCHESTRATOR] if metrics_port is None else metrics_port
     endpoints = Endpoints(grpc, Endpoints.usual_ports(first), metrics_host, tls)
+    front = None
+    if gateway:
+        front = _Front(gateway_port, first + len(PORTS) if first else 0)
+        endpoints = front.check(settings, endpoints)
     setup_logging("supervisor", log_level)
-    return _run(settings, endpoints, placement, drain_seconds, log_level, json_out)
+    return _run(settings, endpoints, front, placement, drain_seconds, log_level, json_out)
 
 
 def _become(name: str, options: Mapping[str, object], settings: Settings, grpc: tuple[str, ...]) -> NoReturn:
@@ -141,9 +160,43 @@ def _become(name: str, options: Mapping[str, object], settings: Settings, grpc: 
     os.execv(sys.executable, command)
 
 
+@dataclass(frozen=True)
+class _Front:
+    """The gateway that is to stand before a cell."""
+
+    port: int
+    metrics_port: int
+
+    def check(self, settings: Settings, endpoints: Endpoints) -> Endpoints:
+        """Refuse early what cannot be, and give the cell an address of its own for the gateway.
+
+        Raises:
+            UsageError: the cell serves with TLS, which the gateway does not speak to it.
+            ConfigInvalid: the gateway is not installed, or the model has no tokenizer.
+            RequestInvalid: its port is taken.
+        """
+        if endpoints.tls is not None:
+            raise click.UsageError("--gateway talks to the cell without TLS: leave --tls-cert out")
+        gateways.check_installed()
+        settings.plans()
+        gateways.check_model(settings.model)
+        gateways.free_port(self.port)
+        return replace(endpoints, grpc=(*endpoints.grpc, f"{gateways.HOST}:0"))
+
+    @contextmanager
+    def before(self, cell: Launched, log_level: str, lost: Callable[[], None]) -> Iterator[Gateway]:
+        """The gateway, for as long as the block lasts."""
+        workers = cell.info.grpc[-1:]
+        with gateways.launch(
+            workers, self.port, self.metrics_port, log_level, echo=echo_to_stderr, lost=lost
+        ) as gateway:
+            yield gateway
+
+
 def _run(
     settings: Settings,
     endpoints: Endpoints,
+    front: _Front | None,
     placement: str,
     drain_seconds: float,
     log_level: str,
@@ -156,10 +209,12 @@ def _run(
             settings, endpoints, placement, log_level, drain_seconds, echo=echo_to_stderr, watch=watch
         ) as cell,
     ):
-        watch.done()
         until = _Stop(cell)
-        _announce(cell, settings, endpoints.metrics_host, json_out)
-        until.wait(drain_seconds)
+        with front.before(cell, log_level, until.ask) if front is not None else nullcontext() as gateway:
+            until.listen()
+            watch.done()
+            _announce(cell, gateway, settings, endpoints.metrics_host, json_out)
+            until.wait(drain_seconds)
     return EXIT_OK
 
 
@@ -169,6 +224,9 @@ class _Stop:
     def __init__(self, cell: Launched) -> None:
         self._cell = cell
         self._asked = threading.Event()
+
+    def listen(self) -> None:
+        """From here on signals mean this."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._signalled)
 
@@ -185,25 +243,30 @@ class _Stop:
         with self._cell.client() as client:
             client.drain(drain_seconds)
 
+    def ask(self) -> None:
+        """Have the cell drain and stop."""
+        self._asked.set()
+        if self._cell.supervisor is not None:
+            self._cell.supervisor.stop()
+
     def _signalled(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        again = self._asked.is_set()
-        self._asked.set()
-        if self._cell.supervisor is None:
-            if again:
-                sys.exit(EXIT_INTERRUPTED)
-            return
-        if again:
+        if self._asked.is_set():
             log.warning("%s again: stopping at once", name)
+            if self._cell.supervisor is None:
+                sys.exit(EXIT_INTERRUPTED)
             self._cell.supervisor.kill()
         else:
             log.info("%s: draining; once more stops at once", name)
-            self._cell.supervisor.stop()
+            self.ask()
 
 
-def _announce(cell: Launched, settings: Settings, metrics_host: str, json_out: bool) -> None:
+def _announce(
+    cell: Launched, gateway: Gateway | None, settings: Settings, metrics_host: str, json_out: bool
+) -> None:
     if json_out:
-        print(json.dumps(cell.info.to_json()), flush=True)
+        more = {} if gateway is None else {GATEWAY: gateway.url}
+        print(json.dumps({**cell.info.to_json(), **more}), flush=True)
         return
     plans, console = settings.plans(), consoles.stdout()
     console.print(f"[bold]{settings.model.resolve().name}[/]  {layer_summary(plans)}")
@@ -213,6 +276,8 @@ def _announce(cell: Launched, settings: Settings, metrics_host: str, json_out: b
         port = cell.info.metrics[name]
         addresses = [cell.info.address, *cell.info.grpc] if name == ORCHESTRATOR else []
         table.add_row(name, "  ".join(addresses), f"http://{metrics_host}:{port}/metrics")
+    if gateway is not None:
+        table.add_row(GATEWAY, f"{gateway.url}/v1", f"http://{gateways.HOST}:{gateway.metrics_port}/metrics")
     console.print(table)
     console.print(f'braid generate {settings.model} "def " --connect {cell.address}', style="dim")
     sys.stdout.flush()

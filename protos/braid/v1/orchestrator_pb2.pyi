@@ -31,7 +31,7 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     FINISH_REASON_UNSPECIFIED: _FinishReason.ValueType  # 0
     """Not ended."""
     FINISH_REASON_STOP: _FinishReason.ValueType  # 1
-    """A stop token came."""
+    """A stop token or a stop string came."""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
     """max_tokens were made."""
 
@@ -41,7 +41,7 @@ class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
 FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
 """Not ended."""
 FINISH_REASON_STOP: FinishReason.ValueType  # 1
-"""A stop token came."""
+"""A stop token or a stop string came."""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 """max_tokens were made."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
@@ -93,31 +93,80 @@ Global___GetLayerPlanResponse: _TypeAlias = GetLayerPlanResponse  # noqa: Y015
 
 @_typing.final
 class SamplingParams(_message.Message):
-    """How the next token is chosen."""
+    """How the next token is chosen. Logits go through, in this order: logit_bias, repetition_penalty,
+    frequency and presence penalties, the mask of min_tokens. Greedy takes the likeliest token of what
+    comes out; otherwise follow temperature, top_k, top_p (of the mass that top_k left), min_p and a draw.
+    A value that is out of its range, infinite or not a number is INVALID_ARGUMENT REQUEST_INVALID.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LogitBiasEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     TEMPERATURE_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
     TOP_P_FIELD_NUMBER: _builtins.int
     MIN_P_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    REPETITION_PENALTY_FIELD_NUMBER: _builtins.int
+    PRESENCE_PENALTY_FIELD_NUMBER: _builtins.int
+    FREQUENCY_PENALTY_FIELD_NUMBER: _builtins.int
+    LOGIT_BIAS_FIELD_NUMBER: _builtins.int
+    MIN_TOKENS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """0: greedy. Not finite, or below 0: INVALID_ARGUMENT REQUEST_INVALID."""
+    """0: greedy. At least 0."""
     top_k: _builtins.int
     """Keep the k likeliest tokens; 0: all. Above the vocabulary is all."""
     top_p: _builtins.float
-    """Keep the smallest set of likeliest tokens with at least this mass, in (0, 1]; unset: 1.
-    Otherwise REQUEST_INVALID.
-    """
+    """Keep the smallest set of likeliest tokens with at least this mass, in (0, 1]; unset: 1."""
     min_p: _builtins.float
-    """Drop tokens below this fraction of the likeliest one's probability, in [0, 1]; otherwise
-    REQUEST_INVALID.
-    """
+    """Drop tokens below this fraction of the likeliest one's probability, in [0, 1]."""
     seed: _builtins.int
     """Seed of this request's random numbers; unset: chosen by the cell. The same seed gives the same
     tokens whatever else is in the batch.
     """
+    repetition_penalty: _builtins.float
+    """Positive logits of tokens that stand in the prompt or were made are divided by it, others
+    multiplied. Above 0; unset: 1.
+    """
+    presence_penalty: _builtins.float
+    """Taken from the logits of tokens that were made, in [-2, 2]."""
+    frequency_penalty: _builtins.float
+    """Taken from the logits of tokens that were made, times how often they were, in [-2, 2]."""
+    min_tokens: _builtins.int
+    """So many tokens are made before a stop token can be, and before a stop string counts. At most
+    max_tokens.
+    """
+    logprobs: _builtins.int
+    """Tell the log-probability of every token made, and so many of the likeliest at its place, 0 to 20;
+    unset: tell none.
+    """
+    prompt_logprobs: _builtins.int
+    """The same for every token of the prompt after the first."""
+    @_builtins.property
+    def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
+        """Token id, below the vocabulary size, to what is added to its logit, in [-100, 100]."""
+
     def __init__(
         self,
         *,
@@ -126,15 +175,34 @@ class SamplingParams(_message.Message):
         top_p: _builtins.float | None = ...,
         min_p: _builtins.float = ...,
         seed: _builtins.int | None = ...,
+        repetition_penalty: _builtins.float | None = ...,
+        presence_penalty: _builtins.float = ...,
+        frequency_penalty: _builtins.float = ...,
+        logit_bias: _abc.Mapping[_builtins.int, _builtins.float] | None = ...,
+        min_tokens: _builtins.int = ...,
+        logprobs: _builtins.int | None = ...,
+        prompt_logprobs: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_top_p", b"_top_p", "seed", b"seed", "top_p", b"top_p"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_top_p", b"_top_p", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_top_p", b"_top_p", "min_p", b"min_p", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "logit_bias", b"logit_bias", "logprobs", b"logprobs", "min_p", b"min_p", "min_tokens", b"min_tokens", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
+    _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType__prompt_logprobs: _TypeAlias = _typing.Literal["prompt_logprobs"]  # noqa: Y015
+    _WhichOneofArgType__prompt_logprobs: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType__repetition_penalty: _TypeAlias = _typing.Literal["repetition_penalty"]  # noqa: Y015
+    _WhichOneofArgType__repetition_penalty: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
     _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_logprobs) -> _WhichOneofReturnType__prompt_logprobs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__repetition_penalty) -> _WhichOneofReturnType__repetition_penalty | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
@@ -179,16 +247,30 @@ class GenerateRequest(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
+    STOP_STRINGS_FIELD_NUMBER: _builtins.int
+    INCLUDE_STOP_STR_IN_OUTPUT_FIELD_NUMBER: _builtins.int
+    N_FIELD_NUMBER: _builtins.int
+    DEADLINE_S_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Unique among live requests (otherwise REQUEST_INVALID); empty: the cell makes one."""
     text: _builtins.str
-    """Text, for the model's tokenizer; a model without one: FAILED_PRECONDITION."""
+    """Text, for the model's tokenizer; a model without one: INVALID_ARGUMENT CONFIG_INVALID."""
     max_tokens: _builtins.int
-    """Most tokens to make, at least 1 (otherwise REQUEST_INVALID); prompt and these together must
-    fit a sequence, otherwise RESOURCE_EXHAUSTED POOL_EXHAUSTED.
+    """Most tokens to make, at least 1 (otherwise REQUEST_INVALID); unset: as many as a sequence has room
+    for. Prompt and these together must fit a sequence, otherwise RESOURCE_EXHAUSTED POOL_EXHAUSTED.
     """
     ignore_eos: _builtins.bool
     """Do not stop at the model's own end tokens."""
+    include_stop_str_in_output: _builtins.bool
+    """The stop string that came is part of the output."""
+    n: _builtins.int
+    """Completions to make of the prompt, at most 128 (otherwise REQUEST_INVALID); 0: one. Completion i
+    draws with the seed (seed + i) mod 2^64. Where one fails, all do.
+    """
+    deadline_s: _builtins.float
+    """Longest time to take, seconds after arrival, waiting included; unset: any. Not above 0 or not
+    finite: REQUEST_INVALID. Behind it the request ends: DEADLINE_EXCEEDED STEP_TIMEOUT.
+    """
     @_builtins.property
     def tokens(self) -> Global___TokenIds:
         """Token ids, used as they are."""
@@ -201,6 +283,12 @@ class GenerateRequest(_message.Message):
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Stop at these tokens (they are not part of the output); the model's own end tokens apply too."""
 
+    @_builtins.property
+    def stop_strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Stop where one of these texts first stands in what is made; the output ends before it. At most 64,
+        of 1 to 1024 characters each, and only with a tokenizer; otherwise REQUEST_INVALID.
+        """
+
     def __init__(
         self,
         *,
@@ -208,23 +296,92 @@ class GenerateRequest(_message.Message):
         text: _builtins.str = ...,
         tokens: Global___TokenIds | None = ...,
         sampling: Global___SamplingParams | None = ...,
-        max_tokens: _builtins.int = ...,
+        max_tokens: _builtins.int | None = ...,
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         ignore_eos: _builtins.bool = ...,
+        stop_strings: _abc.Iterable[_builtins.str] | None = ...,
+        include_stop_str_in_output: _builtins.bool = ...,
+        n: _builtins.int = ...,
+        deadline_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "sampling", b"sampling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s", "_max_tokens", b"_max_tokens", "deadline_s", b"deadline_s", "max_tokens", b"max_tokens", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s", "_max_tokens", b"_max_tokens", "deadline_s", b"deadline_s", "ignore_eos", b"ignore_eos", "include_stop_str_in_output", b"include_stop_str_in_output", "max_tokens", b"max_tokens", "n", b"n", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stop_strings", b"stop_strings", "stop_token_ids", b"stop_token_ids", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__deadline_s: _TypeAlias = _typing.Literal["deadline_s"]  # noqa: Y015
+    _WhichOneofArgType__deadline_s: _TypeAlias = _typing.Literal["_deadline_s", b"_deadline_s"]  # noqa: Y015
+    _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "tokens"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__deadline_s) -> _WhichOneofReturnType__deadline_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tokens) -> _WhichOneofReturnType__max_tokens | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
 @_typing.final
+class Alternative(_message.Message):
+    """A token and its probability."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    """Which token."""
+    logprob: _builtins.float
+    """Natural-log probability, of the model's own distribution: before bias, penalties and temperature."""
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        logprob: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Alternative: _TypeAlias = Alternative  # noqa: Y015
+
+@_typing.final
+class TokenLogprob(_message.Message):
+    """The probability of a token in its place, and of others there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: _builtins.int
+    TOP_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def token(self) -> Global___Alternative:
+        """The token that stands there."""
+
+    @_builtins.property
+    def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___Alternative]:
+        """The likeliest tokens there, as many as were asked for, the likeliest first."""
+
+    def __init__(
+        self,
+        *,
+        token: Global___Alternative | None = ...,
+        top: _abc.Iterable[Global___Alternative] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["token", b"token"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["token", b"token", "top", b"top"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenLogprob: _TypeAlias = TokenLogprob  # noqa: Y015
+
+@_typing.final
 class GenerateResponse(_message.Message):
-    """Tokens as they are made."""
+    """Tokens as they are made. The messages of several completions come mixed."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -234,19 +391,47 @@ class GenerateResponse(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    STOP_TOKEN_ID_FIELD_NUMBER: _builtins.int
+    STOP_STRING_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Of the request."""
     text: _builtins.str
-    """Their text, where the model has a tokenizer; bytes that are not yet a character wait."""
+    """Their text, where the model has a tokenizer; bytes that are not yet a character wait, and so does
+    what may become a stop string.
+    """
     finish_reason: Global___FinishReason.ValueType
-    """Set in the last message."""
+    """Set in the completion's last message."""
     prompt_tokens: _builtins.int
-    """Tokens of the prompt; set in the last message."""
+    """Tokens of the prompt; set in the completion's last message."""
     completion_tokens: _builtins.int
-    """Tokens made; set in the last message."""
+    """Tokens made; set in the completion's last message."""
+    index: _builtins.int
+    """Which completion, from 0 to n-1."""
+    cached_tokens: _builtins.int
+    """Tokens of the prompt that were not computed again, because an earlier request had left them; set in
+    the completion's last message.
+    """
+    stop_token_id: _builtins.int
+    """The stop token."""
+    stop_string: _builtins.str
+    """The stop string."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """New tokens since the last message."""
+        """New tokens since the completion's last message."""
+
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """One for each of `token_ids`, where they were asked for."""
+
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """One for each token of the prompt after the first, where they were asked for; in the first message
+        of completion 0.
+        """
 
     def __init__(
         self,
@@ -257,12 +442,20 @@ class GenerateResponse(_message.Message):
         finish_reason: Global___FinishReason.ValueType = ...,
         prompt_tokens: _builtins.int = ...,
         completion_tokens: _builtins.int = ...,
+        index: _builtins.int = ...,
+        logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
+        prompt_logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
+        cached_tokens: _builtins.int = ...,
+        stop_token_id: _builtins.int = ...,
+        stop_string: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["stop", b"stop", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["completion_tokens", b"completion_tokens", "finish_reason", b"finish_reason", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "stop", b"stop", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType_stop: _TypeAlias = _typing.Literal["stop_token_id", "stop_string"]  # noqa: Y015
+    _WhichOneofArgType_stop: _TypeAlias = _typing.Literal["stop", b"stop"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_stop) -> _WhichOneofReturnType_stop | None: ...
 
 Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
 

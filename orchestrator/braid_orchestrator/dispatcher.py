@@ -117,9 +117,12 @@ class Dispatcher:
         self._children: dict[Point, LayerMetrics] = {}
         self._handovers: dict[Kind, Handover] = {}
         self._prepared: dict[tuple[Role, int, int], dict[tuple[int, Kind], Prepared]] = {}
+        self._tickets: dict[tuple[Role, int, int, Kind], pb.OpenStep] = {}
         self._sides: dict[Role, list[Kind]] = {}
         for role, plan in store.plans.items():
-            begins = sorted((plan.side(side)[0].layer_id, at) for at, side in enumerate(SIDES) if plan.side(side))
+            begins = sorted(
+                (plan.side(side)[0].layer_id, at) for at, side in enumerate(SIDES) if plan.side(side)
+            )
             self._sides[role] = [SIDES[at] for _, at in begins]
             for spec in plan:
                 self._specs[role, spec.layer_id] = spec
@@ -225,6 +228,17 @@ class Dispatcher:
             }
         return self._prepared[key]
 
+    def tickets(self, batch: Batch, side: Kind) -> pb.OpenStep:
+        """The tickets of one service for a batch; not to be changed."""
+        key = batch.role, batch.num_tokens, batch.lane, side
+        if key not in self._tickets:
+            if len(self._tickets) >= 2 * _PREPARED_SETS:
+                self._tickets.pop(next(iter(self._tickets)))
+            layers = self.prepared(batch.role, batch.num_tokens, batch.lane)
+            tickets = [layer.ticket for (_, at), layer in layers.items() if at is side]
+            self._tickets[key] = pb.OpenStep(tickets=tickets)
+        return self._tickets[key]
+
     def record(self, times: StepTimes) -> None:
         """Count the dispatches of one lane of a step."""
         for layer in times.layers:
@@ -329,14 +343,15 @@ class Opening:
         walk, handover = dispatcher.walk(side), dispatcher.handover(side)
         opened = []
         for batch, request in zip(self._lanes, self._requests, strict=True):
-            prepared = dispatcher.prepared(batch.role, batch.num_tokens, batch.lane)
-            tickets = [layer.ticket for (_, at), layer in prepared.items() if at is side]
-            opened.append(pb.OpenStep(plan=request, tickets=tickets))
+            step = pb.OpenStep()
+            step.CopyFrom(dispatcher.tickets(batch, side))
+            step.plan.CopyFrom(request)
+            opened.append(step)
         if handover is None:
             for step in opened:
                 walk.send(pb.WalkRequest(open=step))
             return
-        for step, bells in zip(opened, handover.begin(len(tickets), len(opened)), strict=True):
+        for step, bells in zip(opened, handover.begin(len(opened[0].tickets), len(opened)), strict=True):
             step.doorbells.CopyFrom(bells)
         handover.send(opened)
 
@@ -429,6 +444,10 @@ class Step:
         handover = self._dispatcher.handover(side)
         if handover is not None:
             handover.announce(self._layers[layer_id, side].index, self.batch.lane)
+
+    def announce_next(self) -> None:
+        """Let the service that the next step begins with wake up: this one is nearly over."""
+        self._dispatcher.announce(self.batch.role)
 
     def post(self, layer_id: int, side: Kind) -> None:
         """Hand a layer over whose input buffers are written; `take` waits for it. Raises as `attend`."""

@@ -60,6 +60,7 @@ def forward(lanes: Sequence[Lane], rows: IntArray, hidden: torch.Tensor | None) 
     for index in range(len(lanes[0].body.segments)):
         for lane in lanes:
             lane.run(index, alone=len(lanes) == 1)
+    lanes[0].step.announce_next()
     if len(lanes) == 1:
         body = lanes[0].body
         return Output(body.result(), body.logits(torch.from_numpy(np.asarray(rows))))

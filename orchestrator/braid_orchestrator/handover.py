@@ -36,6 +36,8 @@ class Handover:
         self._mail: bool | None = None
         """Whether the service reads its mail; None: it does not know of it yet."""
         self._on_stream = True
+        self._messages: dict[tuple[int, int], list[pb.Doorbells]] = {}
+        """(tickets, lanes) → the message of each lane."""
         self._walk = walk
         self._timeout = timeout_s
         self._base = 0
@@ -46,7 +48,13 @@ class Handover:
         """The message of each lane of a step of so many tickets a lane."""
         self._base += self._tickets * self._lanes
         self._tickets, self._lanes = tickets, lanes
-        return [self._bells.message(self._base, tickets, lane, lanes) for lane in range(lanes)]
+        known = self._messages.get((tickets, lanes))
+        if known is None:
+            known = [self._bells.message(tickets, lane, lanes) for lane in range(lanes)]
+            self._messages[tickets, lanes] = known
+        for message in known:
+            message.base = self._base
+        return known
 
     def announce_step(self) -> None:
         """Let the service wake up: a step will be sent soon."""

@@ -88,12 +88,11 @@ class Bells:
     responses: torch.Tensor  # uint8 [n]
     arena: Arena
 
-    def message(self, base: int, tickets: int, lane: int, lanes: int) -> pb.Doorbells:
-        """The message that names them, for one lane of a step of so many tickets."""
+    def message(self, tickets: int, lane: int, lanes: int) -> pb.Doorbells:
+        """The message that names them, for one lane of a step of so many tickets; without `base`."""
         return pb.Doorbells(
             request=view_of(self.request, self.arena),
             done=view_of(self.done, self.arena),
-            base=base,
             timings=view_of(self.timings[lane, :tickets], self.arena),
             lanes=lanes,
         )

@@ -31,14 +31,17 @@ def tokens(client: Client, count: int) -> list[int]:
     return [token for chunk in client.generate(PROMPT, count, ignore_eos=True) for token in chunk.token_ids]
 
 
-def test_calls_and_doorbells_give_the_same_bits() -> None:
+def test_calls_doorbells_and_lanes_give_the_same_bits() -> None:
     found = []
-    for dispatch in ("rpc", "walk"):
-        with launch(Settings(TINY, dispatch=dispatch, threads=1)) as cell, cell.client() as client:
+    for dispatch, overlap in (("rpc", "off"), ("walk", "off"), ("walk", "on")):
+        settings = Settings(TINY, dispatch=dispatch, overlap=overlap, threads=1)
+        with launch(settings) as cell, cell.client() as client:
             assert all(service.description.doorbells for service in client.status().services)
-            found.append(logits(client))
-    for ours, theirs in zip(*found, strict=True):
-        assert torch.equal(ours, theirs)
+            found.append((*logits(client), *client.score([PROMPT * 16], want_logits=True).logits))
+    calls, doorbells, lanes = found
+    for one, two, three in zip(calls, doorbells, lanes, strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
 
 
 def test_without_a_compiler_the_same_model_runs_by_messages(

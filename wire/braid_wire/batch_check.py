@@ -62,15 +62,21 @@ class BatchCheck:
             self._batch.slot_generation = pools.slot_generation.ctypes.data
 
     def __call__(self, arrays: Mapping[str, torch.Tensor], num_tokens: int) -> None:
-        """Check a batch's private copies; raises as `batch.check`."""
-        if not self.holds(arrays, num_tokens):
+        """Check a batch's private copies, whose dtypes and shapes are right; raises as `batch.check`."""
+        library = _library()
+        if library is None or not self._obeys(library, arrays, num_tokens):
             check({name: array.numpy() for name, array in arrays.items()}, num_tokens, self._pools)
 
     def holds(self, arrays: Mapping[str, torch.Tensor], num_tokens: int) -> bool:
         """Whether a batch is known to obey every rule; False where it does not, or nobody can tell."""
         library = _library()
-        if library is None or not self._fits(arrays, num_tokens):
-            return False
+        return (
+            library is not None
+            and self._fits(arrays, num_tokens)
+            and self._obeys(library, arrays, num_tokens)
+        )
+
+    def _obeys(self, library: ctypes.CDLL, arrays: Mapping[str, torch.Tensor], num_tokens: int) -> bool:
         batch = self._batch
         batch.tokens, batch.sequences = num_tokens, len(arrays["context_lens"])
         if "page_table" in self._names:

@@ -21,7 +21,14 @@ from braid_wire.errors import ConfigInvalid, LayerMisrouted, LayerUnknown
 Shape = tuple[int, ...]
 
 
-class Kind(Enum):
+class _Name(Enum):
+    """An enumeration whose members are keys of what every layer looks up."""
+
+    # Members are equal only to themselves; hashing their names would cost a call in Python each time.
+    __hash__ = object.__hash__
+
+
+class Kind(_Name):
     """Which kind of attention a layer has; the value is the name on the wire and in metrics."""
 
     FULL = "full"
@@ -30,14 +37,14 @@ class Kind(Enum):
     NONE = "none"
 
 
-class Role(Enum):
+class Role(_Name):
     """Whose layer ids these are: the target model's or its draft's."""
 
     TARGET = "target"
     DRAFT = "draft"
 
 
-class Mode(Enum):
+class Mode(_Name):
     """What a sequence's span of tokens is for; sent with every batch, never inferred."""
 
     EXTEND = "extend"

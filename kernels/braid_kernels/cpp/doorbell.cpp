@@ -154,8 +154,9 @@ int32_t braid_bell_wait(void* where, uint64_t target, int32_t expected, int64_t 
         if (left <= 0) break;
         const timespec limit{time_t(left / 1000000000), long(left % 1000000000)};
         // Returns at once where `wakes` has moved on since it was read: no ring is lost between.
-        if (syscall(SYS_futex, &bell.wakes, FUTEX_WAIT, seen, &limit, nullptr, 0) == -1 && errno != EAGAIN &&
-            errno != EINTR && errno != ETIMEDOUT) {
+        if (syscall(SYS_futex, &bell.wakes, FUTEX_WAIT, seen, &limit, nullptr, 0) == 0) {
+            soon = false; // somebody woke this waiter: an announcement, made again or for the first time
+        } else if (errno != EAGAIN && errno != EINTR && errno != ETIMEDOUT) {
             status = kRefused;
             break;
         }

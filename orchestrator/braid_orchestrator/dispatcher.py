@@ -305,6 +305,11 @@ class Opening:
         ]
         self._ask()
 
+    def ask(self, side: Kind) -> None:
+        """Ask a service that may not have been asked yet; its layers are about to run."""
+        while side in self._unsent:
+            self._ask()
+
     def proceed(self) -> None:
         """Ask the services that have not been asked yet."""
         while self._unsent:
@@ -503,6 +508,7 @@ class Step:
     def _post(self, layer: Prepared) -> None:
         _, layer_id, side = layer.point
         dispatcher, batch = self._dispatcher, self.batch
+        self.opening.ask(side)
         stamps = self._ran[layer_id, side] = _Stamps(time.monotonic_ns())
         self._next[side] += 1
         handover = dispatcher.handover(side)

@@ -93,8 +93,9 @@ def cell(
     dtype: torch.dtype = torch.float32,
     dispatch: Dispatch = Dispatch.WALK,
     limits: Limits = LIMITS,
+    segments: str = "auto",
 ) -> Iterator[Cell]:
-    """A cell with both services in this process."""
+    """A cell with both services in this process; with segments "off" the model's own modules run."""
     links = {
         Kind.FULL: EmbeddedLink(Kind.FULL, AttentionHost(load_full(backend, 1), ProcessMetrics("full", "0"))),
         Kind.LINEAR: EmbeddedLink(
@@ -102,9 +103,8 @@ def cell(
         ),
     }
     with tempfile.TemporaryDirectory(prefix="braid") as private:
-        made = Cell(
-            model, links, Path(private) / "arenas", CellOptions(dtype=dtype, dispatch=dispatch, limits=limits)
-        )
+        options = CellOptions(dtype=dtype, dispatch=dispatch, limits=limits, segments=segments)
+        made = Cell(model, links, Path(private) / "arenas", options)
         try:
             yield made
         finally:

@@ -170,7 +170,7 @@ def test_no_mask_reaches_a_layer(family: str, tmp_path: Path) -> None:
     """A causal mask over packed rows would hide rows of a sequence behind those of its neighbours."""
     model = save(family, tmp_path)
     seen: list[object] = []
-    with cell(model) as running:
+    with cell(model, segments="off") as running:
         for layer in running.body.model.model.layers:
             layer.register_forward_pre_hook(
                 lambda _module, _args, kwargs: seen.extend(

@@ -27,6 +27,8 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 _CLASSES: dict[type, str] = {nn.SiLU: "silu", **{type(ACT2FN[name]): name for name in _ACTIVATIONS}}
 
+_VARIANTS = ("has_bias", "is_transposed", "has_post_expert_norm")
+
 _library = torch.library.Library("braid_experts", "DEF")
 _library.define(
     "run(Tensor hidden, Tensor index, Tensor scores, Tensor up, Tensor down, str activation, bool gated)"
@@ -96,7 +98,8 @@ def _grouped(
 def _experts(module: Any, hidden: torch.Tensor, index: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     """What transformers calls instead of an experts module's own code."""
     activation = _CLASSES.get(type(module.act_fn), "silu" if module.act_fn is F.silu else "")
-    plain = not (module.has_bias or module.is_transposed or module.has_post_expert_norm)
+    # What transformers' decorator notes of a module; of its versions each notes more.
+    plain = not any(vars(module).get(name, False) for name in _VARIANTS)
     if not activation or not plain or hidden.device.type != "cpu":
         # On an accelerator, to learn the experts would be to wait for it.
         found: torch.Tensor = grouped_mm_experts_forward(module, hidden, index, scores)

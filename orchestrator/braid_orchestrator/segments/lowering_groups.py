@@ -102,7 +102,7 @@ class _Canonical:
 
     def found(self) -> Canonical:
         inner = self._inner()
-        lead = [i for i in range(len(self._space)) if i not in inner and self._space[i] != TOKENS]
+        lead = [i for i in range(len(self._space)) if i not in inner and self._space[i] not in (TOKENS, 1)]
         groups = self._coalesced(lead)
         if len(groups) > MAX_LOOPS + 1:
             raise NotOneGroup
@@ -127,7 +127,7 @@ class _Canonical:
 
     def _inner(self) -> list[int]:
         """The axes that are the inner one together."""
-        axes = [i for i in range(len(self._space)) if self._space[i] != TOKENS]
+        axes = [i for i in range(len(self._space)) if self._space[i] not in (TOKENS, 1)]
         if not self._reductions:
             return self._coalesced(axes)[-1] if axes else []
         used = frozenset[int]().union(*(part.axes for part in self._reductions))

@@ -12,7 +12,7 @@ import torch
 from braid_kernels.native.program import OpCode
 from torch.fx import Node
 
-from braid_orchestrator.segments.lowering_expressions import TOKENS
+from braid_orchestrator.segments.lowering_expressions import TOKENS, NeedsMemory
 from braid_orchestrator.segments.lowering_registry import (
     OPERATORS,
     argument,
@@ -196,6 +196,8 @@ def _slice_scatter(lowering: Lowering, node: Node) -> Lowered:
 def _replaced(lowering: Lowering, base: Value, source: Value, dim: int, start: int) -> Value:
     """A value with a range of one dimension replaced."""
     (count, tokens), (length, _) = size_of(base.dims[dim]), size_of(source.dims[dim])
+    if base.dtype == source.dtype and base.sizes == source.sizes:
+        return source
     if tokens or base.dtype != source.dtype:
         raise Unsupported("tokens, or values of another dtype, are replaced")
     end, parts = start + length, [source]
@@ -452,16 +454,22 @@ def _over(lowering: Lowering, source: Value, dims: Sequence[int], code: OpCode, 
     if not dims or any(TOKENS in source.dims[dim] for dim in dims):
         raise Unsupported("tokens are reduced")
     kept = [dim for dim in range(len(source.dims)) if dim not in dims]
-    moved = lowering.views.permute(source, [*kept, *dims])
-    axes = tuple(size for dim in dims for size in source.dims[dim])
-    left = tuple(
-        () if dim in dims else source.dims[dim] for dim in range(len(source.dims)) if keep or dim in kept
-    )
-    if not axes:
+    dims_left = range(len(source.dims)) if keep else kept
+    left = tuple(() if dim in dims else source.dims[dim] for dim in dims_left)
+    if not any(source.dims[dim] for dim in dims):
         return replace(source, dims=left)
-    joined = replace(moved, dims=(*moved.dims[: len(kept)], axes))
-    body = lowering.views.one_axis(joined, len(kept)).whole
-    return value(left, lowering.make.reduce(code, body, 1), source.dtype)
+    moved = lowering.views.permute(source, [*kept, *dims])
+    try:
+        body = _joined(lowering, moved, len(kept))
+    except NeedsMemory:
+        body = _joined(lowering, lowering.in_dense_memory(moved), len(kept))
+    return value(left, lowering.make.reduce(code, body.whole, 1), source.dtype)
+
+
+def _joined(lowering: Lowering, source: Value, first: int) -> Value:
+    """A value whose dimensions from `first` on are one axis."""
+    axes = tuple(size for dim in source.dims[first:] for size in dim)
+    return lowering.views.one_axis(replace(source, dims=(*source.dims[:first], axes)), first)
 
 
 def _mean(lowering: Lowering, source: Value, dims: Sequence[int], keep: bool = True) -> Value:

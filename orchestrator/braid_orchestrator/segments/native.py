@@ -98,7 +98,7 @@ class NativeRole(SegmentedRole):
 
     def __init__(self, cut: Cut, lowered: LoweredRole, buffers: BuffersOf, max_tokens: int) -> None:
         self.segments = cut.segments
-        self._cut, self._lowered = cut, lowered
+        self._cut, self.lowered = cut, lowered
         self._max_tokens = max_tokens
         self._memory = _Memory(lowered, _outside(cut.segments, lowered.names, buffers), max_tokens)
         self._torchs: dict[str, torch.Tensor] = {}
@@ -159,7 +159,7 @@ class NativeRole(SegmentedRole):
                 f"rows are {rows.dtype} {list(rows.shape)}; they must be int64, at most {self._max_tokens}",
                 field="rows",
             )
-        found = torch.empty(count, self._lowered.vocabulary)
+        found = torch.empty(count, self.lowered.vocabulary)
         with self._memory.lent({ROWS: rows.contiguous(), LOGITS: found}):
             try:
                 for piece in self._head if count else ():

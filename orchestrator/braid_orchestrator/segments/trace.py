@@ -24,7 +24,7 @@ from braid_orchestrator.segments.base import HIDDEN, IDS, POSITIONS, SegmentsUna
 from braid_orchestrator.segments.functional import make_functional
 from braid_orchestrator.segments.graph import weights_of
 
-# A number of tokens that no size of a model is likely to equal.
+# Tokens of the trace; any number but 0 and 1, which would not become a symbol.
 _EXAMPLE = 13
 # Steps that a decision of the body about T must hold for: small, around sizes that code decides by, large.
 _COUNTS = (*range(1, 70), 127, 128, 129, 255, 256, 257, 1023, 1024, 1025, 4096, 65536, 1 << 20)
@@ -143,6 +143,8 @@ def _check_symbol(shapes: ShapeEnv, fakes: Sequence[torch.Tensor]) -> None:
                 )
 
 
-def _fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
-    sizes = [DimDynamic.DUCK if size == _EXAMPLE else DimDynamic.STATIC for size in tensor.shape]
-    return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+def _fake(mode: FakeTensorMode, example: torch.Tensor) -> torch.Tensor:
+    """The example with the symbol T as its first size; positions have it as their last."""
+    rows = 0 if example.is_floating_point() else example.ndim - 1
+    sizes = [DimDynamic.DUCK if dim == rows else DimDynamic.STATIC for dim in range(example.ndim)]
+    return mode.from_tensor(example, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))

@@ -172,6 +172,44 @@ def load_mtp(request: LoadRequest, target: Any, plan: LayerPlan) -> DraftParts |
     return DraftParts(head, dict(enumerate(layers.model.layers)), head, target.lm_head)
 
 
+class GridRotary(nn.Module):
+    """The rotary tables of qwen3_5: some frequencies turn by a token's time, others by height or width.
+
+    The same bits as the model's own module, which makes three whole tables and writes parts of two of
+    them into the third.
+
+    Args:
+        original: the model's module.
+    """
+
+    frequencies: torch.Tensor
+    """float32 [3, D/2]: of each axis; zero where a frequency belongs to another one."""
+
+    def __init__(self, original: Any) -> None:
+        super().__init__()
+        axis = torch.zeros(original.inv_freq.shape, dtype=torch.int64, device=original.inv_freq.device)
+        for place in (1, 2):
+            axis[place : 3 * original.mrope_section[place] : 3] = place
+        frequencies = original.inv_freq.float() * (axis == torch.arange(3, device=axis.device)[:, None])
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self._scale = original.attention_scaling
+
+    def forward(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64 [3, 1, T] or [1, 1, T] → cos and sin [1, T, D], in the dtype of `hidden`."""
+        time, height, width = positions.expand(3, -1, -1)[..., None].float()
+        angles = time * self.frequencies[0] + height * self.frequencies[1] + width * self.frequencies[2]
+        cos, sin = angles.cos() * self._scale, angles.sin() * self._scale
+        return torch.cat([cos, cos], dim=-1).to(hidden.dtype), torch.cat([sin, sin], dim=-1).to(hidden.dtype)
+
+
+def _load_grid_mtp(request: LoadRequest, target: Any, plan: LayerPlan) -> DraftParts | None:
+    """As `load_mtp`, for a model with grids."""
+    found = load_mtp(request, target, plan)
+    if found is not None:
+        found.model.inner.rotary_emb = GridRotary(found.model.inner.rotary_emb)
+    return found
+
+
 def _mtp_config(config: Any, plan: LayerPlan) -> Any:
     """The target's configuration with the draft's layers, and an embedding of no size to speak of."""
     found = copy.deepcopy(config)
@@ -182,13 +220,16 @@ def _mtp_config(config: Any, plan: LayerPlan) -> Any:
 
 
 def _mrope_parts(model: Any) -> Parts:
+    model.model.rotary_emb = GridRotary(model.model.rotary_emb)
     return usual_parts(model, mrope=True)
 
 
 QWEN3_NEXT = Family(
     load_pretrained, usual_parts, _adapter("qwen3_next", "Qwen3Next", FusedProjection), load_mtp
 )
-QWEN3_5 = Family(load_pretrained, _mrope_parts, _adapter("qwen3_5", "Qwen3_5", SplitProjection), load_mtp)
+QWEN3_5 = Family(
+    load_pretrained, _mrope_parts, _adapter("qwen3_5", "Qwen3_5", SplitProjection), _load_grid_mtp
+)
 QWEN3_5_MOE = Family(
-    load_pretrained, _mrope_parts, _adapter("qwen3_5_moe", "Qwen3_5Moe", SplitProjection), load_mtp
+    load_pretrained, _mrope_parts, _adapter("qwen3_5_moe", "Qwen3_5Moe", SplitProjection), _load_grid_mtp
 )

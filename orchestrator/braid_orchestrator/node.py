@@ -29,9 +29,12 @@ from braid_wire.process import (
 )
 from braid_wire.rpc import Server, Tls
 from braid_wire.runtime_dir import RuntimeDirectory
+from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 from transformers.utils import logging as transformers_logging
 
 from braid_orchestrator.cell import Cell
+from braid_orchestrator.frontends import vllm_engine
+from braid_orchestrator.frontends.vllm_engine import VllmEngineServicer
 from braid_orchestrator.link import RemoteLink
 from braid_orchestrator.servicer import SERVICE_NAME, OrchestratorServicer
 from braid_orchestrator.settings import Settings
@@ -40,6 +43,7 @@ log = logging.getLogger(__name__)
 
 HANDOVER_SOCKET = "arenas.sock"
 
+_SERVICES = (SERVICE_NAME, vllm_engine.SERVICE_NAME)
 # A stream holds a thread while it waits, and Status must be answered beside all of them.
 _WORKERS = 1024 + 256
 # Behind a drain: what is left of a step, and of a wait for a service that will not come back.
@@ -78,7 +82,7 @@ class Node:
     def __init__(self, addresses: Sequence[str], tls: Tls | None = None) -> None:
         self._cell: Cell | None = None
         self._endpoint: MetricsEndpoint | None = None
-        self._server = Server([SERVICE_NAME], workers=_WORKERS, refused=self._refused)
+        self._server = Server(_SERVICES, workers=_WORKERS, refused=self._refused)
         self.addresses = tuple(
             self._server.listen(address, None if address.startswith("unix:") else tls)
             for address in addresses
@@ -96,6 +100,7 @@ class Node:
         self.metrics_port = self._endpoint.port
         servicer = OrchestratorServicer(cell, self._server)
         orchestrator_pb2_grpc.add_OrchestratorServicer_to_server(servicer, self._server.grpc)
+        vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(VllmEngineServicer(cell), self._server.grpc)
         self._server.start()
         self._server.set_ready(True)
 

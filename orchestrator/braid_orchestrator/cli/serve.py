@@ -173,7 +173,7 @@ class _Front:
         Raises:
             UsageError: the cell serves with TLS, which the gateway does not speak to it.
             ConfigInvalid: the gateway is not installed, or the model has no tokenizer.
-            RequestInvalid: its port is taken.
+            RequestInvalid: a port of it is taken.
         """
         if endpoints.tls is not None:
             raise click.UsageError("--gateway talks to the cell without TLS: leave --tls-cert out")
@@ -181,6 +181,7 @@ class _Front:
         settings.plans()
         gateways.check_model(settings.model)
         gateways.free_port(self.port)
+        gateways.free_port(self.metrics_port, "gateway_metrics_port")
         return replace(endpoints, grpc=(*endpoints.grpc, f"{gateways.HOST}:0"))
 
     @contextmanager

@@ -21,12 +21,16 @@ from braid_wire.errors import (
 
 from braid_orchestrator.memory import Span
 from braid_orchestrator.metrics import CellMetrics
-from braid_orchestrator.request import Failed, Finished, Request
-from braid_orchestrator.scheduler import Part, Scheduler
+from braid_orchestrator.prefix_cache import PrefixCache
+from braid_orchestrator.request import Failed, Finished, Request, choose_next
+from braid_orchestrator.scheduler import MAX_WAITING, Part, Scheduler
 from braid_orchestrator.store import Limits
 from braid_orchestrator.walker import Walker
 
 log = logging.getLogger(__name__)
+
+# How often to look again where engines with bodies of their own hold the memory that requests wait for.
+_BLOCKED_S = 0.01
 
 
 @dataclass(frozen=True)
@@ -45,14 +49,26 @@ class Engine:
         limits: of the cell.
         vocab_size: token ids are below it.
         metrics: of this process.
+        max_waiting: requests that may wait.
+        cache: of the target role; None: requests share nothing.
     """
 
-    def __init__(self, walker: Walker, limits: Limits, vocab_size: int, metrics: CellMetrics) -> None:
+    def __init__(
+        self,
+        walker: Walker,
+        limits: Limits,
+        vocab_size: int,
+        metrics: CellMetrics,
+        max_waiting: int = MAX_WAITING,
+        cache: PrefixCache | None = None,
+    ) -> None:
         self.limits = limits
         self.vocab_size = vocab_size
         self._walker = walker
         self._metrics = metrics
-        self._scheduler = Scheduler([walker.memory(role) for role in walker.body.plans], limits)
+        memory = [walker.memory(role) for role in walker.body.plans]
+        self._scheduler = Scheduler(memory, limits, max_waiting, cache)
+        metrics.watch_scheduler(self._scheduler)
         self._live: dict[str, Request] = {}
         self._change = threading.Condition()
         self._draining = False
@@ -83,12 +99,7 @@ class Engine:
             PoolExhausted: it could never fit.
             QueueFull: too many wait.
         """
-        low, high = int(request.prompt.min()), int(request.prompt.max())
-        if low < 0 or high >= self.vocab_size:
-            raise RequestInvalid(
-                f"the prompt has token id {high if low >= 0 else low}; ids are 0 … {self.vocab_size - 1}",
-                field="prompt",
-            )
+        request.settle(self.vocab_size, self.limits.max_context)
         self._refuse_unable(request)
         with self._change:
             if self._draining or self._closed:
@@ -117,6 +128,11 @@ class Engine:
             self._change.wait_for(lambda: not self._live, timeout_s)
             return len(self._live)
 
+    def flush_cache(self) -> None:
+        """Drop every prefix that is kept; what runs goes on with what it holds, and keeps nothing new."""
+        if self._scheduler.cache is not None:
+            self._scheduler.cache.flush()
+
     def close(self) -> None:
         """Stop after the step that is under way; what is in hand fails with `Draining`."""
         with self._change:
@@ -137,6 +153,8 @@ class Engine:
                 self._drop_cancelled()
                 parts = self._scheduler.next()
                 self._note_load()
+                if not parts and not self._scheduler.idle:
+                    self._change.wait(_BLOCKED_S)
             if parts:
                 self._step(parts)
 
@@ -155,6 +173,9 @@ class Engine:
             log.exception("a step failed by our own fault")
             self._fail(parts, ServiceFault(f"{type(error).__name__}: {error}"))
         else:
+            took = time.monotonic() - now
+            for part in parts:
+                part.request.served_s += took
             self._hand_out(parts, output.logits)
 
     def _draft(self, parts: Sequence[Part], hidden: torch.Tensor) -> None:
@@ -187,13 +208,16 @@ class Engine:
 
     def _hand_out(self, parts: Sequence[Part], logits: torch.Tensor) -> None:
         pieces = logits.split([part.rows for part in parts])
+        choices = choose_next([part.request for part in parts], pieces)
         with self._change:
-            for part, piece in zip(parts, pieces, strict=True):
+            for part, piece, choice in zip(parts, pieces, choices, strict=True):
                 before = part.request.made
                 self._metrics.prompt_tokens.inc(_prompt_tokens(part))
-                finished = part.request.advance(piece)
+                finished = part.request.advance(piece, choice)
                 if part.request.made > before:
                     self._note_token(part.request)
+                if not isinstance(finished, Failed):
+                    self._scheduler.settle(part.request)
                 if finished is not None:
                     self._end(part.request, finished)
 
@@ -203,18 +227,26 @@ class Engine:
                 self._end(part.request, Failed(error))
 
     def _drop_cancelled(self) -> None:
-        for request in [request for request in self._live.values() if request.cancelled]:
-            self._end(request, Failed(RequestCancelled(f"request {request.request_id} was cancelled")))
+        now = time.monotonic()
+        for request in list(self._live.values()):
+            if request.cancelled:
+                self._end(request, Failed(RequestCancelled(f"request {request.request_id} was cancelled")))
+            elif (late := request.expired(now)) is not None:
+                self._end(request, Failed(late))
 
     def _end(self, request: Request, event: Finished | Failed) -> None:
         """Free what a request holds, then tell its caller; the caller may count on both."""
-        self._scheduler.remove(request)
+        faulty = isinstance(event, Failed) and isinstance(event.error, ServiceFault)
+        self._scheduler.remove(request, faulty)
         if self._live.pop(request.request_id, None) is None:
             return
+        request.ended = time.monotonic()
         outcome = event.reason.value if isinstance(event, Finished) else event.error.reason.lower()
         self._metrics.finished.labels(outcome).inc()
-        self._metrics.request_seconds.observe(time.monotonic() - request.arrived)
-        request.events.put(event)
+        self._metrics.request_seconds.observe(request.ended - request.arrived)
+        if (slowdown := request.slowdown) is not None:
+            self._metrics.slowdown.observe(slowdown)
+        request.tell(event)
         self._note_load()
         self._change.notify_all()
 

@@ -1,17 +1,25 @@
-"""What the orchestrator counts beside its layers: steps, pools, requests."""
+"""What the orchestrator counts beside its layers: steps, pools, requests, the prefix cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from braid_wire.layers import Role
 from braid_wire.metrics import LATENCY_BUCKETS, MODES, TOKEN_BUCKETS, ProcessMetrics
 from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
-from braid_orchestrator.memory import Pool, RoleMemory
+from braid_orchestrator.memory import RoleMemory
+from braid_orchestrator.pool import Pool
+
+if TYPE_CHECKING:
+    from braid_orchestrator.scheduler import Scheduler
 
 # Requests live longer than layers: from a millisecond to a minute and a half.
 REQUEST_BUCKETS = (*(b for b in LATENCY_BUCKETS if b >= 1e-3), 10.0, 30.0, 90.0)
+SLOWDOWN_BUCKETS = (1.1, 1.25, 1.5, 2, 3, 5, 8, 12, 20, 50, 100)
 
 
 class CellMetrics(ProcessMetrics):
@@ -34,6 +42,12 @@ class CellMetrics(ProcessMetrics):
         self.inter_token = _requests("braid_request_inter_token_seconds", "Between two tokens.", self)
         self.request_seconds = _requests("braid_request_seconds", "Arrival to end.", self)
         self.queue_seconds = _requests("braid_request_queue_seconds", "Arrival to first step.", self)
+        self.slowdown = Histogram(
+            "braid_request_slowdown_ratio",
+            "Arrival to end, over the time of the steps that it took part in.",
+            buckets=SLOWDOWN_BUCKETS,
+            registry=registry,
+        )
         self.running = Gauge("braid_requests_running", "Requests that run.", registry=registry)
         self.waiting = Gauge("braid_requests_waiting", "Requests that wait.", registry=registry)
         self.finished = Counter(
@@ -56,12 +70,44 @@ class CellMetrics(ProcessMetrics):
                 ["role"],
                 registry=self.registry,
             )
+            cached = Gauge(
+                f"braid_prefix_cache_{name}_bytes",
+                f"Bytes of {name} that only the prefix cache keeps.",
+                ["role"],
+                registry=self.registry,
+            )
             total = Gauge(f"braid_{name}_total", f"{name.title()} in all.", ["role"], registry=self.registry)
             for role, parts in memory.items():
                 pool: Pool | None = parts.pages if name == "pages" else parts.slots
                 if pool is not None:
                     used.labels(role.value).set_function(_reader(pool))
+                    cached.labels(role.value).set_function(_cached_bytes(pool))
                     total.labels(role.value).set(pool.total)
+
+    def watch_scheduler(self, scheduler: Scheduler) -> None:
+        """Publish preemptions and what the prefix cache did, read at every scrape."""
+        self.registry.register(_SchedulerCounts(scheduler))
+
+
+class _SchedulerCounts(Collector):
+    """Counts that the scheduler and its cache keep by themselves."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        counts = {"braid_preemptions": ("Requests that gave way to older ones.", self._scheduler.preemptions)}
+        if self._scheduler.cache is not None:
+            stats = self._scheduler.cache.stats
+            counts |= {
+                "braid_prefix_hits": ("Requests that began behind a cached prefix.", stats.hits),
+                "braid_prefix_misses": ("Requests that found nothing cached.", stats.misses),
+                "braid_prefix_hit_tokens": ("Tokens that were not computed again.", stats.hit_tokens),
+                "braid_prefix_evicted_pages": ("Pages dropped to make room.", stats.evicted_pages),
+                "braid_prefix_evicted_states": ("States dropped to make room.", stats.evicted_states),
+            }
+        for name, (text, value) in counts.items():
+            yield CounterMetricFamily(name, text, value=value)
 
 
 def _requests(name: str, text: str, metrics: ProcessMetrics) -> Histogram:
@@ -70,3 +116,7 @@ def _requests(name: str, text: str, metrics: ProcessMetrics) -> Histogram:
 
 def _reader(pool: Pool) -> Callable[[], float]:
     return lambda: pool.used
+
+
+def _cached_bytes(pool: Pool) -> Callable[[], float]:
+    return lambda: pool.cached * pool.unit_bytes

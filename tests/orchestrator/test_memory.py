@@ -294,3 +294,211 @@ def test_a_count_that_cannot_be_kept_commits_nothing() -> None:
     assert (sequence.length, other.length) == (5, 2)
     memory.commit(staged, [1, 2])
     assert (sequence.length, other.length) == (6, 4)
+
+
+def test_units_are_free_when_nobody_holds_them_and_nothing_keeps_them() -> None:
+    pool = Pool("pages", np.zeros(4, dtype=np.int64), 64)
+    one, two = pool.take(2)
+    pool.hold([one])
+    assert not pool.writable(one)
+    pool.give([one])
+    assert pool.writable(one)
+    pool.keep(one)
+    assert not pool.writable(one)
+    before = pool.generation.copy()
+    pool.give([one])
+    assert (pool.used, pool.cached, pool.free, pool.available) == (1, 1, 2, 3)
+    pool.hold([one])  # from the cache alone
+    assert (pool.used, pool.cached) == (2, 0)
+    pool.drop(one)
+    assert np.array_equal(pool.generation, before)  # its holder reads it still
+    pool.give([one, two])
+    assert (pool.used, pool.cached, pool.free) == (0, 0, 4)
+    assert (pool.generation[[one, two]] > before[[one, two]]).all()
+
+
+def test_room_is_made_for_what_is_wanted_and_only_where_that_is_enough() -> None:
+    pool = Pool("slots", np.zeros(3, dtype=np.int64), 64)
+    units = pool.take(2)
+    for unit in units:
+        pool.keep(unit)
+    pool.give(units)
+    asked: list[int] = []
+
+    def make_room(count: int) -> None:
+        asked.append(count)
+        for _ in range(count):
+            pool.drop(units.pop())
+
+    pool.make_room = make_room
+    with pytest.raises(PoolExhausted):
+        pool.take(4)
+    assert asked == []  # nothing is dropped in vain
+    assert len(pool.take(2)) == 2
+    assert asked == [1]
+
+
+def test_states_are_kept_behind_the_tokens_that_a_span_names() -> None:
+    memory, sequence = make(), SequenceMemory(1)
+    memory.commit(memory.stage([span(sequence, 2)], 1, 1))
+    asked = Span(sequence, np.arange(10, dtype=np.int64), Mode.EXTEND, keep=(2, 6, 10))
+    staged = memory.stage([asked], 1, 2)
+    valid(memory, staged)
+    out = staged.batch.state_out
+    assert out is not None
+    assert np.flatnonzero(out != NO_SLOT).tolist() == [1, 5, 9]
+    assert sequence.kept == {}  # nothing counts before the commit
+    memory.commit(staged)
+    assert sequence.kept == {4: out[1], 8: out[5], 12: out[9]}
+    assert sequence.slot == out[9]
+    memory.commit(memory.stage([span(sequence, 1, Mode.DECODE)], 1, 3))
+    assert memory.slots is not None
+    # The one that was current is kept: no step writes to it, and its references stay good.
+    assert out[9] not in (*sequence.spares, sequence.slot)
+    assert memory.slots.generation[out[9]] == staged.batch.state_out_generations[9]  # type: ignore[index]
+    memory.release(sequence)
+    assert memory.slots.used == 0
+
+
+def test_a_step_that_is_forgotten_keeps_no_states() -> None:
+    memory, sequence = make(), SequenceMemory(1)
+    staged = memory.stage([Span(sequence, np.arange(8, dtype=np.int64), Mode.EXTEND, keep=(4, 8))], 1, 1)
+    memory.abort(staged)
+    assert (sequence.kept, sequence.slot, len(sequence.spares)) == ({}, NO_SLOT, VERSIONS)
+    with pytest.raises(ReferenceStale):
+        valid(memory, staged)
+    memory.release(sequence)
+    assert memory.slots is not None
+    assert memory.slots.used == 0
+
+
+def test_kept_states_of_a_prompt_in_both_lanes() -> None:
+    for at, numbers in ((4, [[4], [4, 7]]), (5, [[4, 5], [3, 6]])):
+        memory, sequence = make(), SequenceMemory(1)
+        whole = Span(sequence, np.arange(11, dtype=np.int64), Mode.EXTEND, keep=(4, 8))
+        pieces = whole.cut(at)
+        assert [list(piece.states) for piece in pieces] == numbers
+        staged = memory.stage(pieces, 1, 1)
+        lanes_valid(memory, staged, 1)
+        out = staged.batch.state_out
+        assert out is not None
+        memory.commit(staged)
+        assert sequence.kept == {4: out[3], 8: out[7]}
+        assert (sequence.length, sequence.slot) == (11, out[10])
+        assert len(sequence.spares) + 1 == VERSIONS
+        memory.release(sequence)
+        assert memory.slots is not None
+        assert memory.slots.used == 0
+
+
+@pytest.mark.parametrize("counted", [1, 2, 3, 4])
+def test_verified_states_are_kept_as_far_as_their_tokens_count(counted: int) -> None:
+    memory, sequence = make(), SequenceMemory(1)
+    memory.commit(memory.stage([span(sequence, 6)], 1, 1))
+    asked = Span(sequence, np.arange(4, dtype=np.int64), Mode.VERIFY, keep=(2, 4))
+    staged = memory.stage([asked], 1, 2)
+    out = staged.batch.state_out
+    assert out is not None
+    memory.commit(staged, [counted])
+    assert sequence.kept == {6 + number: out[number - 1] for number in (2, 4) if number <= counted}
+    assert sequence.slot == out[counted - 1]
+    memory.release(sequence)
+    assert memory.slots is not None
+    assert memory.slots.used == 0
+
+
+def shared_prefix(memory: RoleMemory) -> tuple[SequenceMemory, list[int], int]:
+    """A sequence of 10 tokens, its two whole pages and the state behind them."""
+    first = SequenceMemory(1)
+    memory.commit(memory.stage([Span(first, np.arange(10, dtype=np.int64), Mode.EXTEND, keep=(8,))], 1, 1))
+    return first, first.pages[:2], first.kept[8]
+
+
+def test_a_sequence_behind_a_shared_prefix_writes_elsewhere() -> None:
+    memory, second = make(), SequenceMemory(2)
+    first, pages, slot = shared_prefix(memory)
+    memory.adopt(second, 8, pages, slot)
+    memory.release(first)
+    staged = memory.stage([span(second, 3)], 1, 2)
+    valid(memory, staged)
+    batch = staged.batch
+    assert batch.page_table is not None
+    assert batch.state_in is not None
+    assert batch.state_out is not None
+    assert batch.page_table[0, :2].tolist() == pages
+    assert batch.page_table[0, 2] not in pages
+    assert (batch.state_in[0], batch.context_lens[0]) == (slot, 8)
+    assert slot not in batch.state_out
+    assert memory.slots is not None
+    memory.slots.keep(slot)
+    before = memory.slots.generation[slot]
+    memory.commit(staged)
+    assert memory.slots.generation[slot] == before
+    assert (memory.slots.cached, second.length) == (1, 11)
+    memory.commit(memory.stage([span(second, 1, Mode.DECODE)], 1, 3))
+    assert slot not in (*second.spares, second.slot)
+    memory.release(second)
+    memory.slots.drop(slot)
+    assert memory.pages is not None
+    assert (memory.pages.used, memory.slots.used) == (0, 0)
+
+
+def test_a_step_that_is_forgotten_leaves_the_shared_prefix_as_it_was() -> None:
+    memory, second = make(), SequenceMemory(2)
+    _, pages, slot = shared_prefix(memory)
+    memory.adopt(second, 8, pages, slot)
+    before = memory.slots.generation[slot]  # type: ignore[union-attr]
+    memory.abort(memory.stage([span(second, 3)], 1, 2))
+    again = memory.stage([span(second, 3)], 2, 3)
+    valid(memory, again)
+    assert again.batch.state_in is not None
+    assert again.batch.state_in[0] == slot
+    assert memory.slots.generation[slot] == before  # type: ignore[union-attr]
+
+
+def test_a_prefix_is_adopted_whole_and_between_steps() -> None:
+    memory, second = make(), SequenceMemory(2)
+    _, pages, slot = shared_prefix(memory)
+    with pytest.raises(StepOrder, match="pages"):
+        memory.adopt(second, 7, pages, slot)  # it would end inside a page
+    memory.acquire(second, 8)
+    own = list(second.pages)
+    memory.adopt(second, 8, pages, slot)
+    assert second.pages == pages
+    assert memory.pages is not None
+    assert all(memory.pages.idle(page) for page in own)  # given back
+    with pytest.raises(StepOrder):
+        memory.adopt(second, 8, pages, slot)  # it is as long already
+    memory.stage([span(second, 1)], 1, 2)
+    with pytest.raises(StepOrder):
+        memory.adopt(second, 12, [*pages, 30], slot)
+    with pytest.raises(StepOrder):
+        memory.restart(second)
+
+
+def test_a_sequence_begins_again_with_nothing() -> None:
+    memory, sequence = make(), SequenceMemory(1)
+    memory.commit(memory.stage([Span(sequence, np.arange(9, dtype=np.int64), Mode.EXTEND, keep=(4,))], 1, 1))
+    memory.restart(sequence)
+    assert (sequence.length, sequence.slot, sequence.pages, sequence.kept) == (0, NO_SLOT, [], {})
+    assert (memory.pages.used, memory.slots.used) == (0, 0)  # type: ignore[union-attr]
+    valid(memory, memory.stage([span(sequence, 3)], 1, 2))
+
+
+def test_room_for_a_step_is_known_before_it_is_staged() -> None:
+    memory, sequence, other = make(slots=5), SequenceMemory(1), SequenceMemory(2)
+    memory.acquire(other, 1)
+    pieces = span(sequence, 6).cut(2)
+    assert memory.has_room(pieces)
+    memory.acquire(SequenceMemory(3), 1, versions=1)
+    assert memory.has_room([span(sequence, 6)])
+    assert not memory.has_room(pieces)
+    with pytest.raises(PoolExhausted):
+        memory.stage(pieces, 1, 1)
+
+
+def test_a_page_is_left_for_others_where_that_is_asked() -> None:
+    memory = make(pages=4)
+    with pytest.raises(PoolExhausted, match="2 for others"):
+        memory.acquire(SequenceMemory(1), 12, margin=2)
+    memory.acquire(SequenceMemory(1), 12, margin=1)

@@ -231,6 +231,19 @@ def test_a_salt_leaves_nothing_behind() -> None:
     assert len(simulation.cache._roots) < 10
 
 
+def test_what_an_aborted_load_left_is_never_seen() -> None:
+    """Units of a request whose first step behind a prefix failed go to others, who see nothing of it."""
+    simulation = Simulation(LIMITS, pages=14, slots=8, spacing=FAR)
+    first = serve(simulation, prompt(21), made=3)
+    simulation.add(Request("f", np.array([*first.tokens, *prompt(9, 3)]), max_tokens=4))
+    (part,) = simulation.step("fail")
+    assert part.request.cached_tokens > 0
+    for seed in range(4):
+        serve(simulation, prompt(30, 40 + seed), made=9)
+    again = serve(simulation, [*first.tokens, *prompt(9, 3)], made=4)
+    assert again.cached_tokens in (0, 20)
+
+
 class CacheMachine(RuleBasedStateMachine):
     """Requests, cancels, faults, replays, flushes and other holders, in any order.
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from braid_orchestrator.request import Request, Scored
+from braid_orchestrator.memory import Span
+from braid_orchestrator.request import PromptLogprobs, Request, Scored, Token
 from braid_orchestrator.sampling import Sampling
 from braid_orchestrator.scheduler import shares
 from braid_orchestrator.store import Limits
@@ -128,7 +131,6 @@ def test_the_youngest_gives_way_and_waits_at_the_head_of_the_queue() -> None:
     made = young.made
     assert made > 0
     simulation.run()
-    assert young.sampler is not None
     for work in (old, young, waiting):
         assert told(work) == answer(work.prompt.tolist(), 40)
 
@@ -169,6 +171,41 @@ def test_a_scored_prompt_that_gave_way_is_scored_once() -> None:
         answer(scored.prompt[: n + 1].tolist(), 1)[0] for n in range(36)
     ]
     assert told(decoding) == answer(decoding.prompt.tolist(), 60)
+
+
+def test_a_prompt_that_gave_way_is_told_its_logprobs_once() -> None:
+    simulation = Simulation(LIMITS, pages=18, slots=16)
+    simulation.add(request("old", 10, made=60))
+    simulation.step()
+    wanted = Sampling(prompt_logprobs=0)
+    work = simulation.add(request("young", 36, made=3, chunk=1, sampling=wanted))
+    while not simulation.scheduler.preemptions:
+        simulation.step()
+    assert work.made == 0
+    simulation.run()
+    events = [work.events.get()[1] for _ in range(work.events.qsize())]
+    (prompt_logprobs,) = [event for event in events if isinstance(event, PromptLogprobs)]
+    assert len(prompt_logprobs.entries) == 35
+    assert [event.token_id for event in events if isinstance(event, Token)] == answer(work.prompt.tolist(), 3)
+
+
+def test_guesses_are_left_out_rather_than_that_somebody_gives_way() -> None:
+    class Guessing(Request):
+        """Wants three tokens verified in each step."""
+
+        def next_span(self, budget: int) -> Span:
+            found = super().next_span(budget)
+            if not self.decoding or budget < 4:
+                return found
+            return replace(found, tokens=np.append(found.tokens, [1, 2, 3]), mode=Mode.VERIFY)
+
+    for slots, mode in ((5, Mode.VERIFY), (4, Mode.DECODE)):
+        simulation = Simulation(LIMITS, slots=slots, cached=False)
+        simulation.add(Guessing("a", prompt(5), max_tokens=9))
+        simulation.step()
+        (part,) = simulation.scheduler.next()
+        assert part.span.mode is mode
+        assert simulation.scheduler.preemptions == 0
 
 
 def test_free_slots_without_free_pages_and_the_reverse_admit_nobody() -> None:

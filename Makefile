@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+RESULTS := benchmarks/results
 PROTOS := braid/v1/common.proto braid/v1/attention.proto braid/v1/orchestrator.proto
 
-.PHONY: demo test smoke lint format protos protos-check bench clean
+.PHONY: demo test smoke lint format protos protos-check bench plots clean
 
 demo: $(INSTALLED)  ## Set up, start the three processes on the small model, stream text, show where every layer went.
 	@$(BIN)/python benchmarks/demo.py
@@ -17,9 +18,16 @@ test: $(DEV)  ## Set up and run the whole suite.
 smoke: $(DEV)  ## The seconds-long check that the whole works.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m smoke -q
 
-bench: $(INSTALLED)  ## Decode and prefill of Braid against transformers in one run.
-	@$(BIN)/braid bench decode
-	@$(BIN)/braid bench prefill
+bench: $(INSTALLED)  ## Braid against its peers, each benchmark in one run; reports go to benchmarks/results.
+	@mkdir -p $(RESULTS)
+	$(BIN)/braid bench decode --peers embedded,grpc_bytes --out $(RESULTS)/decode.json
+	$(BIN)/braid bench prefill --peers embedded,grpc_bytes --out $(RESULTS)/prefill.json
+	$(BIN)/braid bench hop --out $(RESULTS)/hop.json
+	$(BIN)/braid bench overlap --out $(RESULTS)/overlap.json
+	$(BIN)/braid bench scale --out $(RESULTS)/scale.json
+
+plots: $(DEV)  ## Pictures of the reports in benchmarks/results, as PNG and SVG.
+	@$(BIN)/python benchmarks/plots.py
 
 lint: $(DEV)
 	@$(BIN)/ruff check .

@@ -4,12 +4,14 @@
 
 Every case is first run against the float64 reference, and the peer too: where either disagrees nothing
 is reported and the exit status is 1. Times are whole layer calls from Python (convolution, gates,
-recurrence; or append and attention), median of the repetitions, best in brackets.
+recurrence; or append and attention) or single matrix products, median of the repetitions, best in
+brackets. A product's weight is one of several copies in turn, which no cache of one core holds together.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -28,13 +30,16 @@ from braid_kernels.backend import FullBackend, FullLayer, LinearBackend, LinearL
 from braid_kernels.errors import KernelError
 from braid_kernels.geometry import GatedDelta, Gqa, KimiDelta, Lightning, LinearGeometry, Mamba2, signature
 from braid_kernels.native import set_num_threads
+from braid_kernels.native.gemm import Gemm, Part, pack
 from braid_kernels.native.library import default_threads
 from braid_kernels.registry import full_backend, linear_backend
 from braid_kernels.testing import FullCase, LinearCase, Span, difference, full_case, linear_case
 
 KERNEL_TOLERANCE = 5e-6  # fp32 against float64, see tests/kernels
 PEER_TOLERANCE = 1e-3  # the peers' chunked fp32 sums are looser; this only proves that they do the same work
+BF16_TOLERANCE = 2.0**-8  # one rounding of the largest output
 MIN_SECONDS = 0.4
+WEIGHT_BYTES = 40e6  # of a product's copies together
 
 Step: TypeAlias = Callable[[], Tensor]
 Conv: TypeAlias = Callable[[Tensor], Tensor]
@@ -85,12 +90,20 @@ def measure(step: Callable[[], object]) -> tuple[float, float]:
     return statistics.median(times), min(times)
 
 
-def compare(name: str, tokens: int, expected: Tensor, kernel: Step, peer_name: str, peer: Step) -> Result:
+def compare(
+    name: str,
+    tokens: int,
+    expected: Tensor,
+    kernel: Step,
+    peer_name: str,
+    peer: Step,
+    tolerance: float = KERNEL_TOLERANCE,
+) -> Result:
     """Check both against `expected`, then time both. Raises WrongResultError."""
     error, peer_error = difference(kernel(), expected), difference(peer(), expected)
-    if error > KERNEL_TOLERANCE:
+    if error > tolerance:
         raise WrongResultError(f"{name}: the kernel is {error:.1e} off the reference")
-    if peer_error > PEER_TOLERANCE:
+    if peer_error > max(tolerance, PEER_TOLERANCE):
         raise WrongResultError(f"{name}: the peer ({peer_name}) is {peer_error:.1e} off the reference")
     middle, best = measure(kernel)
     return Result(name, tokens, middle, best, peer_name, measure(peer)[0], error)
@@ -319,10 +332,53 @@ def full_results(only: str) -> Iterator[Result]:
             yield compare(label, batch * length, expected, full_step(cpp, case), "gather + SDPA", peer)
 
 
+# ---- products ----
+
+
+def in_turn(steps: list[Step]) -> Step:
+    """A step that runs the next of `steps` each time."""
+    turn = itertools.cycle(steps)
+    return lambda: next(turn)()
+
+
+def gemm_step(x: Tensor, weight: Tensor) -> Step:
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+    product = Gemm(x, pack(weight), [Part(out, 0)])
+
+    def step() -> Tensor:
+        product()
+        return out
+
+    return step
+
+
+def linear_layer_step(x: Tensor, weight: Tensor) -> Step:
+    return lambda: F.linear(x, weight)
+
+
+def gemm_results(only: str) -> Iterator[Result]:
+    for dtype, name, tolerance in (
+        (torch.float32, "fp32", KERNEL_TOLERANCE),
+        (torch.bfloat16, "bf16", BF16_TOLERANCE),
+    ):
+        for k, n in ((256, 1568), (512, 256), (768, 256), (256, 4096)):
+            for rows in (1, 4, 16, 64, 2048):
+                label = f"gemm {name} {rows} x {k} x {n}"
+                if only not in label:
+                    continue
+                x, weight = torch.randn(rows, k).to(dtype), torch.randn(n, k).to(dtype)
+                copies = int(WEIGHT_BYTES / (weight.numel() * weight.element_size())) if rows <= 64 else 1
+                weights = [weight.clone() for _ in range(copies)]
+                kernel = in_turn([gemm_step(x, w) for w in weights])
+                peer = in_turn([linear_layer_step(x, w) for w in weights])
+                expected = x.double() @ weight.double().T
+                yield compare(label, rows, expected, kernel, "F.linear", peer, tolerance)
+
+
 def run(only: str = "", report: Callable[[Result], None] | None = None) -> list[Result]:
     """All cases whose name contains `only`. Raises WrongResultError."""
     results = []
-    for results_of in (linear_results, full_results):
+    for results_of in (linear_results, full_results, gemm_results):
         for result in results_of(only):
             results.append(result)
             if report is not None:
@@ -339,7 +395,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     set_num_threads(options.threads)
-    print(f"threads {options.threads}, torch {torch.__version__}, fp32\n{HEADER}", flush=True)
+    print(f"threads {options.threads}, torch {torch.__version__}, fp32 unless named\n{HEADER}", flush=True)
     try:
         results = run(options.only, lambda result: print(result.row, flush=True))
     except WrongResultError as error:

@@ -36,7 +36,16 @@ class Library:
 
 KERNELS = Library(
     "braid_kernels",
-    ("pool.cpp", "linear.cpp", "mamba1.cpp", "short_conv.cpp", "attention.cpp", "gemm.cpp", "mixture.cpp", "program.cpp"),
+    (
+        "pool.cpp",
+        "linear.cpp",
+        "mamba1.cpp",
+        "short_conv.cpp",
+        "attention.cpp",
+        "gemm.cpp",
+        "mixture.cpp",
+        "program.cpp",
+    ),
     ("common.h", "spans.h", "gemm.h", "elementary.h", "program.h"),
 )
 WIRE = Library("braid_wire", ("doorbell.cpp", "batch_check.cpp"))

@@ -20,11 +20,13 @@ from braid_orchestrator.dispatcher import Dispatch, Dispatcher
 from braid_orchestrator.engine import Engine
 from braid_orchestrator.layer_plan import ModelPlans, build_plans, load_config
 from braid_orchestrator.link import Link
+from braid_orchestrator.memory import VERSIONS
 from braid_orchestrator.metrics import CellMetrics
 from braid_orchestrator.overlap import Overlap, OverlapMode
 from braid_orchestrator.prefix_cache import PrefixCache
 from braid_orchestrator.scheduler import MAX_WAITING
 from braid_orchestrator.segments.choice import OFF, segmented
+from braid_orchestrator.speculative import Speculator, check_speculative
 from braid_orchestrator.store import Dtypes, Limits, Store
 from braid_orchestrator.text import Tokenizer
 from braid_orchestrator.walker import Walker
@@ -53,6 +55,8 @@ class CellOptions:
     """Prompt tokens between two recurrent states that the prefix cache keeps, beside those at branches."""
     max_waiting: int = MAX_WAITING
     """Requests that may wait for a place."""
+    speculative: int = 0
+    """Tokens that the model's draft guesses ahead of each request; 0: none."""
     plan_options: Mapping[str, str] = field(default_factory=dict)
     """For the services' backends, with every Plan ("prefix_chunk_tokens": "4096")."""
 
@@ -85,6 +89,7 @@ class Cell:
         self.body: Body = load_body(
             LoadRequest(model, self.plans, self.options.dtype, self.options.trust_remote_code)
         )
+        check_speculative(self.options.speculative, self.body)
         self.owner = ArenaOwner(handover)
         refusal = self._overlap_refusal(links)
         self.store = Store(
@@ -95,6 +100,7 @@ class Cell:
             Dtypes(self.options.dtype, self.options.state_dtype),
             lanes=1 if refusal else 2,
             state_spacing=self.options.state_spacing if self.options.prefix_cache else 0,
+            versions=VERSIONS + self.options.speculative,
         )
         self.segments = segmented(self.options.segments, self.body, self.store)
         self.metrics.watch_pools(self.store.memory)
@@ -113,8 +119,13 @@ class Cell:
             self.metrics,
             self.options.max_waiting,
             self._prefix_cache(),
+            self._speculator(),
         )
         self.engine.start()
+
+    def _speculator(self) -> Speculator | None:
+        most = self.options.speculative
+        return Speculator(self.walker, most, self.metrics) if most else None
 
     def _prefix_cache(self) -> PrefixCache | None:
         if not self.options.prefix_cache:

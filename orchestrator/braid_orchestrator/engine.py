@@ -18,12 +18,16 @@ from braid_wire.errors import (
     RequestInvalid,
     ServiceFault,
 )
+from braid_wire.layers import Mode
 
+from braid_orchestrator.body.base import Output
+from braid_orchestrator.guesses import Run
 from braid_orchestrator.memory import Span
 from braid_orchestrator.metrics import CellMetrics
 from braid_orchestrator.prefix_cache import PrefixCache
 from braid_orchestrator.request import Failed, Finished, Request, choose_next
 from braid_orchestrator.scheduler import MAX_WAITING, Part, Scheduler
+from braid_orchestrator.speculative import Progress, Speculator
 from braid_orchestrator.store import Limits
 from braid_orchestrator.walker import Walker
 
@@ -51,6 +55,7 @@ class Engine:
         metrics: of this process.
         max_waiting: requests that may wait.
         cache: of the target role; None: requests share nothing.
+        speculator: guesses ahead for requests that decode; None: nothing does.
     """
 
     def __init__(
@@ -61,11 +66,13 @@ class Engine:
         metrics: CellMetrics,
         max_waiting: int = MAX_WAITING,
         cache: PrefixCache | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
         self.limits = limits
         self.vocab_size = vocab_size
         self._walker = walker
         self._metrics = metrics
+        self._speculator = speculator
         memory = [walker.memory(role) for role in walker.body.plans]
         self._scheduler = Scheduler(memory, limits, max_waiting, cache)
         metrics.watch_scheduler(self._scheduler)
@@ -165,7 +172,7 @@ class Engine:
                 part.request.began = now
                 self._metrics.queue_seconds.observe(now - part.request.arrived)
         try:
-            output = self._walker.target([part.span for part in parts], _rows(parts))
+            output, runs = self._walk(parts)
             self._draft(parts, output.hidden)
         except BraidError as error:
             self._fail(parts, error)
@@ -176,7 +183,35 @@ class Engine:
             took = time.monotonic() - now
             for part in parts:
                 part.request.served_s += took
-            self._hand_out(parts, output.logits)
+            self._hand_out(parts, output.logits, runs)
+            self._guess(parts, runs, output.hidden)
+
+    def _walk(self, parts: Sequence[Part]) -> tuple[Output, Sequence[Run]]:
+        """Run the step, and choose what each request makes: the choices say which guesses count."""
+        requests, spans = [part.request for part in parts], [part.span for part in parts]
+        runs: list[Run] = []
+
+        def keep(output: Output) -> list[int]:
+            runs[:] = choose_next(requests, spans, output.logits.split([part.rows for part in parts]))
+            return _kept(parts, runs)
+
+        return self._walker.target(spans, _rows(parts), keep), runs
+
+    def _guess(self, parts: Sequence[Part], runs: Sequence[Run], hidden: torch.Tensor) -> None:
+        """Let the draft follow a step whose tokens are told, and guess what the next one makes."""
+        if self._speculator is None:
+            return
+        rows = hidden.split([len(part.span.tokens) for part in parts])
+        counts = _kept(parts, runs)
+        for part, count in zip(parts, counts, strict=True):
+            if part.span.mode is Mode.VERIFY:
+                self._speculator.count(len(part.span.tokens) - 1, count - 1)
+        self._speculator.follow(
+            [
+                Progress(part.request, piece[:count])
+                for part, piece, count in zip(parts, rows, counts, strict=True)
+            ]
+        )
 
     def _draft(self, parts: Sequence[Part], hidden: torch.Tensor) -> None:
         """Let the draft follow a committed step, for the requests that want it.
@@ -206,20 +241,31 @@ class Engine:
         if request.mrope_positions is not None and not body.mrope:
             raise RequestInvalid("the model takes no mrope positions", field="mrope_positions")
 
-    def _hand_out(self, parts: Sequence[Part], logits: torch.Tensor) -> None:
+    def _hand_out(self, parts: Sequence[Part], logits: torch.Tensor, runs: Sequence[Run]) -> None:
         pieces = logits.split([part.rows for part in parts])
-        choices = choose_next([part.request for part in parts], pieces)
         with self._change:
-            for part, piece, choice in zip(parts, pieces, choices, strict=True):
-                before = part.request.made
+            self._drop_cancelled()
+            for part, piece, run in zip(parts, pieces, runs, strict=True):
+                if part.request.memory.released:
+                    continue
                 self._metrics.prompt_tokens.inc(_prompt_tokens(part))
-                finished = part.request.advance(piece, choice)
-                if part.request.made > before:
-                    self._note_token(part.request)
+                finished = self._advance(part.request, piece, run)
                 if not isinstance(finished, Failed):
                     self._scheduler.settle(part.request)
                 if finished is not None:
                     self._end(part.request, finished)
+
+    def _advance(self, request: Request, logits: torch.Tensor, run: Run) -> Finished | Failed | None:
+        """Give a request what a step chose for it, as far as it lasts."""
+        finished: Finished | Failed | None = None
+        for choice in run or (None,):
+            before = request.made
+            finished = request.advance(logits, choice)
+            if request.made > before:
+                self._note_token(request)
+            if finished is not None:
+                break
+        return finished
 
     def _fail(self, parts: Sequence[Part], error: BraidError) -> None:
         with self._change:
@@ -238,6 +284,8 @@ class Engine:
         """Free what a request holds, then tell its caller; the caller may count on both."""
         faulty = isinstance(event, Failed) and isinstance(event.error, ServiceFault)
         self._scheduler.remove(request, faulty)
+        if self._speculator is not None:
+            self._speculator.forget(request)
         if self._live.pop(request.request_id, None) is None:
             return
         request.ended = time.monotonic()
@@ -270,8 +318,18 @@ def _rows(parts: Sequence[Part]) -> IntArray:
     return np.concatenate([np.arange(end - part.rows, end) for end, part in zip(ends, parts, strict=True)])
 
 
+def _kept(parts: Sequence[Part], runs: Sequence[Run]) -> list[int]:
+    """Of each span, how many of its tokens count: those that a choice of its run stands behind."""
+    return [
+        len(run) if part.span.mode is Mode.VERIFY else len(part.span.tokens)
+        for part, run in zip(parts, runs, strict=True)
+    ]
+
+
 def _prompt_tokens(part: Part) -> int:
     """How many of a committed span's tokens were the caller's."""
+    if part.span.mode is Mode.VERIFY:
+        return 0
     fed = part.request.memory.length
     began = fed - len(part.span.tokens)
     return max(min(fed, len(part.request.prompt)) - began, 0)

@@ -55,6 +55,10 @@ class CellMetrics(ProcessMetrics):
         )
         self.prompt_tokens = Counter("braid_prompt_tokens", "Prompt tokens fed.", registry=registry)
         self.generated_tokens = Counter("braid_generated_tokens", "Tokens made.", registry=registry)
+        drafted = Counter(
+            "braid_draft_tokens", "Drafted tokens that were verified.", ["outcome"], registry=registry
+        )
+        self.accepted_tokens, self.rejected_tokens = drafted.labels("accepted"), drafted.labels("rejected")
 
     def step(self, mode: str, tokens: int, seconds: float) -> None:
         """Count one step."""

@@ -17,8 +17,9 @@ from braid_wire.batch import IntArray
 from braid_wire.errors import BraidError, RequestInvalid, ServiceFault, StepTimeout
 from braid_wire.layers import Mode, Role
 
+from braid_orchestrator.guesses import Guess, Run, Trial, judge
 from braid_orchestrator.memory import SequenceMemory, Span
-from braid_orchestrator.sampler import Alternatives, Choice, Sampler, Turn, choose, logprobs
+from braid_orchestrator.sampler import Alternatives, Choice, Sampler, Turn, logprobs
 from braid_orchestrator.sampling import Sampling
 from braid_orchestrator.text import StopStrings, TextStream, Tokenizer
 
@@ -150,6 +151,8 @@ class Request:
         sequence_id = next(_sequence_ids)
         roles = (Role.TARGET, Role.DRAFT) if self.mtp else (Role.TARGET,)
         self.memories = {role: SequenceMemory(sequence_id) for role in roles}
+        # What a draft expects to be made next; the next step verifies it.
+        self.guesses: Sequence[Guess] = ()
         self.cancelled = False
         self.cached_tokens = 0
         self._refed = 0
@@ -253,12 +256,22 @@ class Request:
             self.max_tokens = max(max_context - len(self.prompt), 1)
             self._check_min_tokens(self.max_tokens)
 
+    @property
+    def rest(self) -> int:
+        """Tokens that it may still make; before `settle`, it is not known where it was left open."""
+        return (self.max_tokens or 0) - self.made
+
     def next_span(self, budget: int) -> Span:
-        """What to feed in a step that has room for `budget` (at least 1) tokens."""
+        """What to feed in a step that has room for `budget` (at least 1) tokens; guesses are verified."""
         fed = self.memory.length
         if self.decoding:
-            return self._span(self.memory, fed, fed, 1, Mode.DECODE)
-        return self._span(self.memory, fed, fed, min(self.wanted, budget), Mode.EXTEND)
+            # Guesses follow the last token: they are of use where that is the one to feed.
+            last = fed == len(self.tokens) - 1
+            guesses = self.guesses[: budget - 1] if last else ()
+            tokens = [self.tokens[fed], *(guess.token_id for guess in guesses)]
+            return self.span(self.memory, fed, tokens, Mode.VERIFY if len(tokens) > 1 else Mode.DECODE)
+        end = fed + min(self.wanted, budget)
+        return self.span(self.memory, fed, self.tokens[fed:end], Mode.EXTEND)
 
     def restarted(self) -> None:
         """Note that all it held is gone: what it made so far is fed again, behind the prompt and like it."""
@@ -267,10 +280,9 @@ class Request:
         self._drafted.clear()
 
     def draft_span(self, fed: Span) -> Span | None:
-        """What the draft is fed after the step that committed `fed`: the tokens that follow its rows.
+        """What the draft is fed after the step that committed `fed`, for a prompt that it scores too.
 
-        The draft's position t takes the hidden state of token t and token t+1; a row whose next token
-        is not known yet stays out. None where there is nothing to feed.
+        None where there is nothing to feed.
         """
         memory = self.memories.get(Role.DRAFT)
         if memory is None:
@@ -278,29 +290,51 @@ class Request:
         begin, end = memory.length, min(self.memory.length, len(self.tokens) - 1)
         if begin >= end:
             return None
-        return self._span(memory, begin, begin + 1, end - begin, fed.mode)
+        return self.span(memory, begin, self.tokens[begin + 1 : end + 1], fed.mode)
+
+    def span(self, memory: SequenceMemory, begin: int, tokens: Sequence[int], mode: Mode) -> Span:
+        """Tokens for one of its memories, at positions from `begin` on.
+
+        A draft's row t takes the hidden state of token t, at its position, and token t + 1.
+        """
+        return Span(memory, np.array(tokens, dtype=np.int64), mode, self._mrope(begin, len(tokens)))
 
     def rows_wanted(self, span: Span) -> int:
         """How many of a span's last tokens need logits: all, one or none."""
-        if self.scores:
+        if self.scores or span.mode is Mode.VERIFY:
             return len(span.tokens)
         if self._prompt_logprobs is not None:
             end = self.memory.length + len(span.tokens)
             return max(end - max(self.memory.length, len(self._prompt_logprobs)), 0)
         return 1 if self.memory.length + len(span.tokens) == len(self.tokens) else 0
 
-    def turn(self) -> Turn | None:
-        """What chooses the next token, where the step that was committed fed all there is."""
-        if self.scores or self.memory.length < len(self.tokens):
-            return None
-        return Turn(self.sampler, self.tokens[len(self.prompt) :])
+    def trial(self, span: Span) -> Trial:
+        """What chooses the tokens behind the last rows of a span that is not committed yet.
+
+        One turn where it feeds all there is, and one more behind every guess that it verifies; else none.
+        """
+        if self.scores or self.memory.length + len(span.tokens) < len(self.tokens):
+            return Trial(())
+        made = self.tokens[len(self.prompt) :]
+        guesses = self.guesses[: len(span.tokens) - 1] if span.mode is Mode.VERIFY else ()
+        turns = [Turn(self.sampler, made)]
+        for guess in guesses:
+            turns.append(Turn(self.sampler, [*turns[-1].tokens, guess.token_id]))
+        return Trial(turns, guesses)
+
+    def until_end(self, run: Run) -> Run:
+        """A run up to the first token that ends the request, where there is one."""
+        for place, choice in enumerate(run):
+            if isinstance(choice, Choice) and choice.token_id in self.stops:
+                return run[: place + 1]
+        return run
 
     def advance(self, logits: torch.Tensor, choice: Choice | ServiceFault | None) -> Finished | Failed | None:
         """Take what a committed step gave, tell the caller, and say whether and how it ends.
 
         Args:
             logits: float32 [n, V], n as `rows_wanted` said before the step.
-            choice: what was chosen for `turn`; None where there was none.
+            choice: what was chosen, of several one after the other; None where nothing was.
         """
         if self.scores:
             return self._take_scores(logits)
@@ -358,6 +392,7 @@ class Request:
         decoder = self._text
         text = decoder.push(token) if decoder is not None else ""
         self.tokens.append(token)
+        self.guesses = ()
         text, stop = self._stop_strings.push(text, armed=self.made >= self.sampling.min_tokens)
         self.tell(Token(token, text, choice.logprob, choice.top))
         if stop is not None:
@@ -365,11 +400,6 @@ class Request:
         if self.made == self.max_tokens:
             return Finished(Finish.LENGTH, text=self._stop_strings.rest())
         return None
-
-    def _span(self, memory: SequenceMemory, position: int, first: int, count: int, mode: Mode) -> Span:
-        """`count` tokens from token `first` on, at positions from `position` on."""
-        tokens = np.array(self.tokens[first : first + count], dtype=np.int64)
-        return Span(memory, tokens, mode, self._mrope(position, count))
 
     def _mrope(self, start: int, count: int) -> IntArray | None:
         """int64 [3, count]: the positions of tokens from `start` on; None for plain ones."""
@@ -490,18 +520,21 @@ def merged(requests: Sequence[Request]) -> Iterator[tuple[int, Event]]:
 
 
 def choose_next(
-    requests: Sequence[Request], rows: Sequence[torch.Tensor]
-) -> list[Choice | ServiceFault | None]:
-    """What each request makes next, all in one batch; None for those that make nothing yet.
+    requests: Sequence[Request], spans: Sequence[Span], rows: Sequence[torch.Tensor]
+) -> list[Run]:
+    """What each request makes next, all in one batch; nothing for those that make nothing yet.
 
     Args:
-        requests: whose step was committed.
+        requests: that take part in a step.
+        spans: what each fed; not committed yet.
         rows: float32 [n, V] of each, n as `rows_wanted` said before the step.
     """
-    turns = [request.turn() for request in requests]
-    taking = [place for place, turn in enumerate(turns) if turn is not None]
-    if not taking:
-        return [None] * len(requests)
-    logits = torch.stack([rows[place][-1] for place in taking])
-    chosen = iter(choose([turn for turn in turns if turn is not None], logits))
-    return [None if turn is None else next(chosen) for turn in turns]
+    trials = [request.trial(span) for request, span in zip(requests, spans, strict=True)]
+    wanted = [piece[-len(trial.turns) :] for piece, trial in zip(rows, trials, strict=True) if trial.turns]
+    if not wanted:
+        return [()] * len(requests)
+    runs = iter(judge([trial for trial in trials if trial.turns], torch.cat(wanted)))
+    return [
+        request.until_end(next(runs)) if trial.turns else ()
+        for request, trial in zip(requests, trials, strict=True)
+    ]

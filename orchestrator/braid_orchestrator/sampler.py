@@ -73,6 +73,11 @@ class Sampler:
         self._counts = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
         self._prompt = np.unique(prompt) if self._repeats and prompt is not None else _NO_IDS
 
+    @property
+    def unrepeatable(self) -> bool:
+        """Whether tokens are random, and nobody can ask for the same ones again."""
+        return not self.sampling.greedy and self.sampling.seed is None
+
     def uniform(self, position: int, stream: int = TOKEN_STREAM) -> float:
         """A random number in [0, 1), fixed by the seed and the arguments.
 
@@ -144,6 +149,38 @@ class Sampler:
 
 
 @dataclass(frozen=True)
+class Distribution:
+    """What a token is drawn from.
+
+    Args:
+        ids: int64 [K], ascending: the tokens that it can be, and perhaps some that it cannot.
+        chances: float64 [K], the probability of each.
+    """
+
+    ids: torch.Tensor
+    chances: torch.Tensor
+
+    def probability(self, token_id: int) -> float:
+        """Of one token."""
+        place = int(torch.searchsorted(self.ids, token_id))
+        known = place < len(self.ids) and int(self.ids[place]) == token_id
+        return float(self.chances[place]) if known else 0.0
+
+    def draw(self, uniform: float) -> int:
+        """The token that a random number in [0, 1) stands for."""
+        mass = self.chances.cumsum(-1)
+        return int(self.ids[torch.searchsorted(mass, mass[-1] * uniform, right=True)])
+
+    def beyond(self, other: Distribution) -> Distribution:
+        """The part of it that lies above another one; itself where it is the same."""
+        places = torch.searchsorted(other.ids, self.ids).clamp(max=len(other.ids) - 1)
+        theirs = torch.where(other.ids[places] == self.ids, other.chances[places], 0)
+        rest = (self.chances - theirs).clamp(min=0)
+        mass = rest.sum()
+        return Distribution(self.ids, rest / mass) if mass > 0 else self
+
+
+@dataclass(frozen=True)
 class Turn:
     """A request that is to choose: how, and behind which tokens that it made."""
 
@@ -170,8 +207,35 @@ def choose(turns: Sequence[Turn], logits: torch.Tensor) -> list[Choice | Service
         drawn = _drawn([turns[row] for row in block], _rows(edited, block), _rows(highest, block))
         for row, token in zip(block, drawn, strict=True):
             tokens[row] = token
-    choices = _told([turn.sampler.sampling for turn in turns], logits, tokens)
+    choices = told([turn.sampler.sampling for turn in turns], logits, tokens)
     return [choice if right else _no_choice() for choice, right in zip(choices, good, strict=True)]
+
+
+def distributions(turns: Sequence[Turn], logits: torch.Tensor) -> list[Distribution | ServiceFault]:
+    """What the next token of each request is drawn from; a fault where its logits leave none.
+
+    Args:
+        turns: n requests, none of them greedy.
+        logits: [n, V], the model's own, of each.
+    """
+    found: list[Distribution | ServiceFault] = [_no_choice() for _ in turns]
+    if not turns:
+        return found
+    edited = _edited(turns, logits)
+    highest = edited.max(-1).values
+    good = [row for row, finite in enumerate(highest.isfinite().tolist()) if finite]
+    for first in range(0, len(good), _BLOCK):
+        block = good[first : first + _BLOCK]
+        samplings = [turns[row].sampler.sampling for row in block]
+        for support in _supports(samplings, _rows(edited, block), _rows(highest, block)):
+            ids, weights = support.ids, support.weights.double()
+            if not bool((ids.diff(dim=-1) > 0).all()):  # filters have the likeliest first
+                ids, order = ids.sort(-1)
+                weights = weights.gather(-1, order)
+            chances = weights / weights.sum(-1, keepdim=True)
+            for place, *parts in zip(support.rows, ids, chances, strict=True):
+                found[block[place]] = Distribution(*parts)
+    return found
 
 
 def logprobs(logits: torch.Tensor, ids: torch.Tensor, most: int = 0) -> list[tuple[float, Alternatives]]:
@@ -193,8 +257,14 @@ def logprobs(logits: torch.Tensor, ids: torch.Tensor, most: int = 0) -> list[tup
     return found
 
 
-def _told(samplings: Sequence[Sampling], logits: torch.Tensor, tokens: Sequence[int]) -> list[Choice]:
-    """The tokens as choices, with their log-probabilities where they are wanted."""
+def told(samplings: Sequence[Sampling], logits: torch.Tensor, tokens: Sequence[int]) -> list[Choice]:
+    """The tokens as choices, with their log-probabilities where they are wanted.
+
+    Args:
+        samplings: of n requests.
+        logits: [n, V], the model's own, of each.
+        tokens: one for each.
+    """
     choices = [Choice(token) for token in tokens]
     telling = {row: wanted.logprobs for row, wanted in enumerate(samplings) if wanted.logprobs is not None}
     if not telling:

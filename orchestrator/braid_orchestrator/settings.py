@@ -24,6 +24,8 @@ STATE_DTYPES = ("float32", "bfloat16")
 SEGMENTS = ("auto", "native", "inductor", "cudagraph", "eager", "off")
 OVERLAPS = ("auto", "on", "off")
 DISPATCHES = ("walk", "rpc")
+MOST_GUESSES = 16
+"""Most tokens that a draft guesses ahead."""
 PLACEMENTS = ("process", "embedded")
 
 # Slots are sized for this many sequences of one step at most; more of them take turns.
@@ -63,6 +65,8 @@ class Settings:
     overlap: str = "auto"
     prefix_cache: bool = True
     max_waiting: int = 1024
+    speculative: int = 0
+    """Tokens that the model's draft guesses ahead of each request; 0: none."""
 
     def arguments(self) -> list[str]:
         """The same as options of `python -m braid_orchestrator`."""
@@ -80,6 +84,7 @@ class Settings:
             "--segments": self.segments,
             "--overlap": self.overlap,
             "--max-waiting": self.max_waiting,
+            "--speculative": self.speculative,
         }
         arguments = [str(word) for pair in given.items() for word in pair]
         arguments.append("--prefix-cache" if self.prefix_cache else "--no-prefix-cache")
@@ -125,6 +130,7 @@ class Settings:
             overlap=OverlapMode(self.overlap),
             prefix_cache=self.prefix_cache,
             max_waiting=self.max_waiting,
+            speculative=self.speculative,
         )
 
     def raised_for(self, lengths: list[int]) -> Settings:
@@ -138,10 +144,13 @@ class Settings:
         """Pages of these sequences, or of one of full length, and the slots of all."""
         plans = self.plans()
         itemsize = DTYPE_BYTES[plans.dtype if self.dtype == "auto" else self.dtype]
-        page = plan_memory(plans.target, self.page_size, itemsize)
+        roles = [plans.target] if plans.draft is None else [plans.target, plans.draft]
+        units = [plan_memory(plan, self.page_size, itemsize) for plan in roles]
         pages = max(sum(self._pages(length) for length in lengths), self._pages(self.max_context))
-        # Every sequence reads one slot and writes another; one hands over between two lanes.
-        return page.kv_bytes * pages + page.state_bytes * (2 * self.max_sequences + 1)
+        # Every sequence reads one slot and writes another, and one more for every guess; one hands over
+        # between two lanes.
+        slots = (2 + self.speculative) * self.max_sequences + 1
+        return sum(page.kv_bytes * pages + page.state_bytes * slots for page in units)
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.page_size)

@@ -21,7 +21,7 @@ from braid_wire.errors import BatchInvalid, ConfigInvalid, ViewInvalid
 from braid_wire.layers import Kind, LayerPlan, LayerSpec, Role
 from braid_wire.views import view_of
 
-from braid_orchestrator.memory import RoleMemory
+from braid_orchestrator.memory import VERSIONS, RoleMemory
 from braid_orchestrator.pool import Pool
 
 _BELLS = 1024
@@ -115,6 +115,7 @@ class Store:
         element: dtypes.
         lanes: 1; or 2, where steps may be split in two that run side by side.
         state_spacing: tokens of a prefix for which one state can be cached; 0: none is.
+        versions: slots that a sequence needs in a step: more than the usual where guesses are verified.
 
     Raises:
         ConfigInvalid: `pool_bytes` is too small for a single sequence.
@@ -130,10 +131,12 @@ class Store:
         element: Dtypes,
         lanes: int = 1,
         state_spacing: int = 0,
+        versions: int = VERSIONS,
     ) -> None:
         self.owner = owner
         self.lanes = lanes
         self._state_spacing = state_spacing
+        self._versions = versions
         self.plans = plans
         self.limits = limits
         self.element = element
@@ -325,14 +328,14 @@ class Store:
     def _pool_sizes(self) -> tuple[int, int]:
         """(pages, slots), as many for every role.
 
-        Every sequence of a step reads one slot and writes another, so there are twice as many
-        slots as sequences; pages get what is left of the budget, up to what all sequences at full
-        length could use. Where states are cached too, theirs are what pages leave, or a quarter of
-        what is not needed for a single sequence.
+        Every sequence of a step reads one slot and writes another, and one more for every guess that is
+        verified; pages get what is left of the budget, up to what all sequences at full length could
+        use. Where states are cached too, theirs are what pages leave, or a quarter of what is not needed
+        for a single sequence.
         """
         limits = self.limits
         # A prompt that lies in both lanes hands its state over in one more.
-        slots = 2 * limits.max_sequences + self.lanes - 1
+        slots = self._versions * limits.max_sequences + self.lanes - 1
         slot_bytes = sum(self._unit_bytes(plan, Kind.LINEAR) for plan in self.plans.values())
         page_bytes = sum(self._unit_bytes(plan, Kind.FULL) for plan in self.plans.values())
         per_sequence = -(-limits.max_context // limits.page_size)

@@ -41,6 +41,7 @@ class _Pending:
 
     staged: Staged
     kept: Sequence[int] | None = None
+    forget: bool = False
 
 
 class Walker:
@@ -99,18 +100,21 @@ class Walker:
         """
         return self._replayed(Role.TARGET, spans, rows, None, keep)
 
-    def draft(self, spans: Sequence[Span], hidden: torch.Tensor, rows: IntArray) -> Output:
+    def draft(
+        self, spans: Sequence[Span], hidden: torch.Tensor, rows: IntArray, *, forget: bool = False
+    ) -> Output:
         """Run one step of the draft role; a target step that it follows stays committed.
 
         Args:
             spans: of each sequence, the tokens that follow the hidden states.
             hidden: [T, hidden], packed as the spans.
             rows: int [n], the rows whose logits are wanted.
+            forget: nothing of it counts: every sequence's draft is as it was before.
 
         Raises:
             BraidError: the step failed; every sequence's draft is as it was before.
         """
-        return self._replayed(Role.DRAFT, spans, rows, hidden, None)
+        return self._replayed(Role.DRAFT, spans, rows, hidden, None, forget)
 
     def _replayed(
         self,
@@ -119,6 +123,7 @@ class Walker:
         rows: IntArray,
         hidden: torch.Tensor | None,
         keep: Keep | None,
+        forget: bool = False,
     ) -> Output:
         """Run a step; after a loss, recover and run it again, for a while and a number of times."""
         with self._lock:
@@ -129,7 +134,7 @@ class Walker:
                     if lost is not None:
                         # Another loss while this one is mended is a loss like any other.
                         self.recover(lost, deadline - time.monotonic())
-                    return self._walked(role, spans, rows, hidden, keep)
+                    return self._walked(role, spans, rows, hidden, keep, forget)
                 except RECOVERABLE as error:
                     deadline = min(deadline, time.monotonic() + self._recovery_s)
                     if attempt == self._max_replays or time.monotonic() >= deadline:
@@ -144,6 +149,7 @@ class Walker:
         rows: IntArray,
         hidden: torch.Tensor | None,
         keep: Keep | None,
+        forget: bool,
     ) -> Output:
         began = time.monotonic()
         self.dispatcher.announce(role)
@@ -160,6 +166,7 @@ class Walker:
             if keep is not None:
                 kept = keep(output)
                 pending.kept = kept if division is None else division.expand(kept)
+            pending.forget = forget
         took = time.monotonic() - began
         self._metrics.step(batch.mode, batch.num_tokens, took)
         if self._overlap is not None:
@@ -199,7 +206,10 @@ class Walker:
             memory.abort(staged)
             self.dispatcher.abort()
             raise
-        memory.commit(staged, pending.kept)
+        if pending.forget:
+            memory.abort(staged)
+        else:
+            memory.commit(staged, pending.kept)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:

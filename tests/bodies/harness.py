@@ -93,7 +93,7 @@ def cell(
     dtype: torch.dtype = torch.float32,
     dispatch: Dispatch = Dispatch.WALK,
     limits: Limits = LIMITS,
-    segments: str = "auto",
+    segments: str = "off",
 ) -> Iterator[Cell]:
     """A cell with both services in this process; with segments "off" the model's own modules run."""
     links = {

@@ -89,6 +89,7 @@ def test_refusals_of_the_cell_are_shown(place: Place, cell: Served) -> None:
     place.braid("generate", "m", "text", *at).refused("CONFIG_INVALID", "tokenizer")
     place.braid("generate", "m", "1", "--ids", "-n", 100000, *at).refused("POOL_EXHAUSTED", "100001")
     place.braid("generate", "m", "1", "--ids", "--top-p", 2, *at).refused("REQUEST_INVALID", "top_p")
+    place.braid("generate", "m", "1", "--ids", "--stop", "x", *at).refused("REQUEST_INVALID", "tokenizer")
 
 
 def test_ctrl_c_exits_with_130_and_frees_everything(place: Place, cell: Served) -> None:

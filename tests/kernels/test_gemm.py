@@ -33,8 +33,10 @@ def threads(count: int) -> Iterator[None]:
     set_num_threads(before)
 
 
-def margined(rows: int, columns: int, dtype: torch.dtype, margin: int, values: Tensor | None = None) -> Tensor:
-    """[rows, columns] inside a NaN-filled tensor that is `margin` wider at both sides, and two rows longer."""
+def margined(
+    rows: int, columns: int, dtype: torch.dtype, margin: int, values: Tensor | None = None
+) -> Tensor:
+    """[rows, columns] inside a NaN-filled tensor, `margin` wider at both sides and two rows longer."""
     whole = torch.full((rows + 2, columns + 2 * margin), NAN, dtype=dtype)
     inside = whole[1 : rows + 1, margin : margin + columns]
     if values is not None:
@@ -88,7 +90,7 @@ class Shape:
 
 def sizes(*edges: int, most: int) -> st.SearchStrategy[int]:
     """Any size from 1 on, and those around edges often."""
-    near = [edge + d for edge in edges for d in (-1, 0, 1) if 1 <= edge + d]
+    near = [edge + d for edge in edges for d in (-1, 0, 1) if edge + d >= 1]
     return st.one_of(st.integers(1, most), st.sampled_from(near))
 
 
@@ -198,7 +200,9 @@ def with_extras(shape: Shape, total: Tensor, in_place: bool) -> tuple[Part, Tens
 
 @settings(max_examples=80, deadline=None)
 @given(SHAPES, st.booleans())
-def test_exact_sums_with_bias_and_addend_are_rounded_once_to_nearest_even(shape: Shape, in_place: bool) -> None:
+def test_exact_sums_with_bias_and_addend_are_rounded_once_to_nearest_even(
+    shape: Shape, in_place: bool
+) -> None:
     x = integers(shape.m, shape.k, dtype=shape.dtype, seed=shape.seed)
     w = integers(shape.n, shape.k, dtype=shape.dtype, seed=shape.seed + 1)
     part, expected = with_extras(shape, x.double() @ w.double().T, in_place)

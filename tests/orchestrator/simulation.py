@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+from braid_orchestrator.guesses import Run
 from braid_orchestrator.memory import RoleMemory, SequenceMemory, Span, Staged
 from braid_orchestrator.pool import Pool
 from braid_orchestrator.prefix_cache import PrefixCache
@@ -117,10 +118,16 @@ class Simulation:
                 self.end(part.request, Failed(ServiceFault("the step failed")))
             return parts
         staged, rows = self._staged(spans)
-        self.memory.commit(staged)
+        wanted = [logits[len(logits) - part.rows :] for part, logits in zip(parts, rows, strict=True)]
+        runs = choose_next([part.request for part in parts], spans, wanted)
+        right = {
+            id(span): len(run) for span, run in zip(spans, runs, strict=True) if span.mode is Mode.VERIFY
+        }
+        kept = [right.get(id(piece), len(piece.tokens)) for piece in staged.spans]
+        self.memory.commit(staged, kept)
         self._note_void()
-        self.fed += sum(len(span.tokens) for span in spans)
-        self._hand_out(parts, rows)
+        self.fed += sum(kept)
+        self._hand_out(parts, wanted, runs)
         return parts
 
     def run(self, most: int = 10_000) -> int:
@@ -178,7 +185,8 @@ class Simulation:
         request = next(one for one in self.live.values() if one.memory is span.memory)
         begin = span.memory.length + span.follows
         before, tokens = request.tokens[:begin], span.tokens.tolist()
-        assert request.tokens[begin : begin + len(tokens)] == tokens
+        known = 1 if span.mode is Mode.VERIFY else len(tokens)
+        assert request.tokens[begin : begin + known] == tokens[:known]
         self._run_pages(row, staged, before, tokens)
         state = self._run_states(row, staged, before, tokens)
         logits = torch.zeros(len(tokens), VOCAB)
@@ -222,11 +230,13 @@ class Simulation:
             self._content[pool.name][gone] = GARBAGE
             self._seen[pool.name] = pool.generation.copy()
 
-    def _hand_out(self, parts: Sequence[Part], rows: Sequence[torch.Tensor]) -> None:
-        wanted = [logits[len(logits) - part.rows :] for part, logits in zip(parts, rows, strict=True)]
-        choices = choose_next([part.request for part in parts], wanted)
-        for part, logits, choice in zip(parts, wanted, choices, strict=True):
-            finished = part.request.advance(logits, choice)
+    def _hand_out(self, parts: Sequence[Part], rows: Sequence[torch.Tensor], runs: Sequence[Run]) -> None:
+        for part, logits, run in zip(parts, rows, runs, strict=True):
+            finished: Finished | Failed | None = None
+            for choice in run or (None,):
+                finished = part.request.advance(logits, choice)
+                if finished is not None:
+                    break
             assert not isinstance(finished, Failed)
             self.scheduler.settle(part.request)
             self._note_void()

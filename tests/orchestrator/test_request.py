@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from braid_orchestrator.cell import Cell, CellOptions
+from braid_orchestrator.memory import Span
 from braid_orchestrator.request import (
     Event,
     Failed,
@@ -285,12 +286,12 @@ def test_a_fault_of_the_logits_ends_one_request(
     import braid_orchestrator.engine as engine
     from braid_orchestrator.request import choose_next
 
-    def poisoned(requests: Sequence[Request], rows: Sequence[torch.Tensor]) -> Any:
+    def poisoned(requests: Sequence[Request], spans: Sequence[Span], rows: Sequence[torch.Tensor]) -> Any:
         wrong = [
             torch.full_like(r, bad) if q.request_id == "bad" else r
             for q, r in zip(requests, rows, strict=True)
         ]
-        return choose_next(requests, wrong)
+        return choose_next(requests, spans, wrong)
 
     monkeypatch.setattr(engine, "choose_next", poisoned)
     requests = (Request(name, encoded(cell), Sampling(0.5, seed=1), max_tokens=9) for name in ("bad", "good"))

@@ -66,6 +66,23 @@ def rewritten(x: T, w: Weights) -> T:
     return planes[0] + planes[2]
 
 
+def linear(x: T, w: Weights, columns: int, name: str = "m") -> T:
+    return F.linear(x, w(name, columns, x.shape[-1]))
+
+
+def mlp(x: T, w: Weights) -> T:
+    """As most models have it."""
+    normed = rms(x, w("n", WIDTH))
+    gated = F.silu(linear(normed, w, 70, "g")) * linear(normed, w, 70, "u")
+    return x + F.linear(gated, w("d", WIDTH, 70))
+
+
+def shared_work(x: T, w: Weights) -> T:
+    """A costly expression in a product, an output and a sum."""
+    y = x.sin().exp()
+    return torch.cat([linear(y, w, 9), y * 2, y.sum(-1, keepdim=True)], -1)
+
+
 NATIVE: dict[str, Function] = {
     "neg": lambda x, w: -x,
     "abs_sqrt": lambda x, w: (x.abs() + 0.1).sqrt(),
@@ -115,38 +132,27 @@ NATIVE: dict[str, Function] = {
     "chunks": lambda x, w: x.chunk(2, -1)[0] * x.chunk(2, -1)[1].sigmoid(),
     "joined_sums": lambda x, w: rms(torch.cat([x, 2 * x], -1), w("n", 2 * WIDTH)),
     "rewritten": rewritten,
-    "linear": lambda x, w: F.linear(x, w("m", 20, WIDTH)),
+    "linear": lambda x, w: linear(x, w, 20),
     "linear_bias": lambda x, w: F.linear(x, w("m", 20, WIDTH), w("c", 20)),
-    "linear_of_a_sum": lambda x, w: F.linear(x + 1, w("m", 20, WIDTH)) * 2,
+    "linear_of_a_sum": lambda x, w: linear(x + 1, w, 20) * 2,
     "linear_of_heads": lambda x, w: F.linear(x.view(-1, 4, 12), w("m", 5, 12)).flatten(1),
     "linear_of_a_slice": lambda x, w: F.linear(x[:, 5:17], w("m", 5, 12)),
     "linear_of_columns": lambda x, w: F.linear(x[:, ::4], w("m", 5, 12)),
-    "residual": lambda x, w: x + F.linear(x, w("m", WIDTH, WIDTH)),
+    "residual": lambda x, w: x + linear(x, w, WIDTH),
     "residual_of_a_sum": lambda x, w: F.linear(x, w("m", WIDTH, WIDTH), w("c", WIDTH)) + x.sin() * 2,
-    "twice_itself": lambda x, w: (lambda y: y + y)(F.linear(x, w("m", 20, WIDTH))),
-    "product_and_norm": lambda x, w: (lambda y: y + rms(y, w("n", 20)))(F.linear(x, w("m", 20, WIDTH))),
-    "gated_unit": lambda x, w: F.silu(F.linear(x, w("g", 20, WIDTH))) * F.linear(x, w("u", 20, WIDTH)),
-    "gated_unit_other_order": lambda x, w: F.linear(x, w("u", 20, WIDTH)) * F.silu(F.linear(x, w("g", 20, WIDTH))),
-    "gated_unit_of_one": lambda x, w: (lambda y: F.silu(y[:, :20]) * y[:, 20:])(F.linear(x, w("m", 40, WIDTH))),
-    "gated_unit_reversed": lambda x, w: (lambda y: F.silu(y[:, 20:]) * y[:, :20])(F.linear(x, w("m", 40, WIDTH))),
-    "gated_unit_of_parts": lambda x, w: (lambda y: F.silu(y[:, :9]) * y[:, 30:39])(F.linear(x, w("m", 40, WIDTH))),
-    "gate_that_is_used_twice": lambda x, w: (lambda y: F.silu(y) * F.linear(x, w("u", 20, WIDTH)) + y)(
-        F.linear(x, w("g", 20, WIDTH))
-    ),
-    "gate_with_bias": lambda x, w: F.silu(F.linear(x, w("g", 20, WIDTH), w("c", 20))) * F.linear(
-        x, w("u", 20, WIDTH)
-    ),
-    "gate_of_another_input": lambda x, w: F.silu(F.linear(x, w("g", 20, WIDTH))) * F.linear(
-        x + 1, w("u", 20, WIDTH)
-    ),
-    "gate_by_gelu": lambda x, w: F.gelu(F.linear(x, w("g", 20, WIDTH))) * F.linear(x, w("u", 20, WIDTH)),
-    "mlp": lambda x, w: x + F.linear(
-        F.silu(F.linear(rms(x, w("n", WIDTH)), w("g", 70, WIDTH))) * F.linear(rms(x, w("n", WIDTH)), w("u", 70, WIDTH)),
-        w("d", WIDTH, 70),
-    ),
-    "shared_work": lambda x, w: torch.cat(
-        [F.linear(x.sin().exp(), w("m", 9, WIDTH)), x.sin().exp() * 2, x.sin().exp().sum(-1, keepdim=True)], -1
-    ),
+    "twice_itself": lambda x, w: (lambda y: y + y)(linear(x, w, 20)),
+    "product_and_norm": lambda x, w: (lambda y: y + rms(y, w("n", 20)))(linear(x, w, 20)),
+    "gated_unit": lambda x, w: F.silu(linear(x, w, 20, "g")) * linear(x, w, 20, "u"),
+    "gated_unit_other_order": lambda x, w: linear(x, w, 20, "u") * F.silu(linear(x, w, 20, "g")),
+    "gated_unit_of_one": lambda x, w: (lambda y: F.silu(y[:, :20]) * y[:, 20:])(linear(x, w, 40)),
+    "gated_unit_reversed": lambda x, w: (lambda y: F.silu(y[:, 20:]) * y[:, :20])(linear(x, w, 40)),
+    "gated_unit_of_parts": lambda x, w: (lambda y: F.silu(y[:, :9]) * y[:, 30:39])(linear(x, w, 40)),
+    "gate_used_twice": lambda x, w: (lambda y: F.silu(y) * linear(x, w, 20, "u") + y)(linear(x, w, 20)),
+    "gate_with_bias": lambda x, w: F.silu(linear(x, w, 20) + w("c", 20)) * linear(x, w, 20, "u"),
+    "gate_of_another_input": lambda x, w: F.silu(linear(x, w, 20, "g")) * linear(x + 1, w, 20, "u"),
+    "gate_by_gelu": lambda x, w: F.gelu(linear(x, w, 20, "g")) * linear(x, w, 20, "u"),
+    "mlp": mlp,
+    "shared_work": shared_work,
     "routing": routed,
 }  # fmt: skip
 
@@ -186,7 +192,7 @@ def test_an_operator_is_lowered(name: str) -> None:
         (lambda x, w: x.gather(1, x.argsort(-1)[:, :5]), "aten.sort.default"),
         (lambda x, w: torch.einsum("thi,hio->tho", x.view(-1, 4, 12), w("m", 4, 12, 5)), "aten.bmm.default"),
         (lambda x, w: x[torch.arange(x.shape[0] - 1, -1, -1)], "aten.index.Tensor"),
-        (lambda x, w: x.view(-1, 4, 12).cumsum(1).exp().view(-1, 2, 24).cumsum(1).flatten(1) + x, "aten.cumsum.default"),
+        (lambda x, w: x.view(-1, 4, 12).cumsum(1).exp().view(-1, 2, 24).cumsum(1), "aten.cumsum.default"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
@@ -231,7 +237,7 @@ HEADS: dict[str, Step] = {
 }
 
 
-@settings(deadline=None, max_examples=30, derandomize=True)
+@settings(deadline=None, max_examples=15, derandomize=True)
 @given(names=st.lists(st.sampled_from(list(HEADS)), min_size=1, max_size=7), seed=st.integers(0, 9))
 def test_operators_in_random_company(names: list[str], seed: int) -> None:
     """Each takes the last value, and all values are results: expressions and memory are shared."""

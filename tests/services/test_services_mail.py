@@ -126,7 +126,9 @@ def test_letters_that_cannot_be_read_are_answered(cell: Cell, posted: Posted) ->
         posted.sent.put([bytes(64)])  # counts the letter; its text is written over before it is read again
         assert posted.answers.take(alive, 10) is not None
         memory = posted.boxes[0]
-        memory[BELL_BYTES : BELL_BYTES + len(garbage)] = torch.frombuffer(bytearray(garbage), dtype=torch.uint8)
+        memory[BELL_BYTES : BELL_BYTES + len(garbage)] = torch.frombuffer(
+            bytearray(garbage), dtype=torch.uint8
+        )
         posted.sent._letters += 1
         Doorbell(memory[:BELL_BYTES]).ring(posted.sent._letters)
         letter = posted.answers.take(alive, 10)

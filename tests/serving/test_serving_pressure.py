@@ -109,7 +109,9 @@ def test_a_prompt_in_chunks_goes_on_from_any_of_its_pages(plain: Cell, tight: Ce
 
 def test_deadlines_and_cancels_of_those_that_wait_and_run(tight: Cell) -> None:
     running = [ask(tight, f"r{n}", prompt(60, n), 100, ignore_eos=True) for n in range(2)]
-    doomed = [ask(tight, f"d{n}", prompt(60, 10 + n), 180, ignore_eos=True, deadline_s=0.05) for n in range(8)]
+    doomed = [
+        ask(tight, f"d{n}", prompt(60, 10 + n), 180, ignore_eos=True, deadline_s=0.05) for n in range(8)
+    ]
     given_up = [ask(tight, f"c{n}", prompt(60, 20 + n), 180, ignore_eos=True) for n in range(4)]
     for request in given_up:
         tight.engine.cancel(request)

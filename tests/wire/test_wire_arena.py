@@ -111,7 +111,7 @@ def test_a_closed_owner(short_path: Path) -> None:
     deadline = time.monotonic() + 5
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
 
 
 def test_garbage_on_the_handover_socket(owner: ArenaOwner) -> None:

@@ -53,6 +53,10 @@ void relax() {
 
 // A yield that took this long gave the core to somebody: it is wanted elsewhere.
 constexpr int64_t kContendedNs = 30000;
+// A yield on a busy core costs a whole time slice, where a sleeper is woken at once. So once that has
+// happened, this many waits of the process sleep without spinning before one tries again.
+constexpr int kAvoidedWaits = 64;
+std::atomic<int> avoided{0};
 // Polls between two looks at the clock.
 constexpr int kPolls = 64;
 
@@ -95,7 +99,11 @@ bool spin(const Bell& bell, uint64_t target, int64_t spin_ns, bool expected) {
             began = now;
             budget = spin_ns;
         }
-        if (now - began >= budget || now - last >= kContendedNs) return rung(bell, target);
+        if (now - last >= kContendedNs) {
+            avoided.store(kAvoidedWaits, std::memory_order_relaxed);
+            return rung(bell, target);
+        }
+        if (now - began >= budget) return rung(bell, target);
         last = now;
     }
 }
@@ -133,6 +141,10 @@ int32_t braid_bell_wait(void* where, uint64_t target, int32_t expected, int64_t 
     Bell& bell = *static_cast<Bell*>(where);
     if (rung(bell, target)) return outcome(bell);
     const int64_t began = now_ns();
+    if (avoided.load(std::memory_order_relaxed) > 0) {
+        avoided.fetch_sub(1, std::memory_order_relaxed);
+        spin_ns = 0;
+    }
     bool soon = expected != 0 || announced(bell, target);
     if (spin_ns > 0 && spin(bell, target, spin_ns, soon)) return outcome(bell);
     int32_t status = kTimeout;

@@ -1,10 +1,13 @@
 """Measures a cell against its peers, in one run, on the same weights, dtype and threads.
 
-A figure counts only beside another from the same run, and only if the outputs agree: `runs` refuses
-to report a peer whose logits are not the reference's.
+A figure counts only beside another from the same run, and only if the outputs agree: a benchmark
+refuses to report a peer whose logits are not the reference's.
+
+| module | measures |
+|---|---|
+| `runs` | tokens per second of decode and prefill |
+| `hop` | the time in a layer that is not its kernel, transport against transport |
+| `scale` | steps and memory against layers, sequences and context |
+| `overlap` | two lanes against one |
+| `trace` | when each layer of some steps ran |
 """
-
-from braid_orchestrator.bench.runs import BenchOptions, decode, prefill
-from braid_orchestrator.bench.view import show
-
-__all__ = ["BenchOptions", "decode", "prefill", "show"]

@@ -1,49 +1,48 @@
-"""Decode and prefill, peer against peer, alternating, with medians and their spread."""
+"""Decode and prefill, peer against peer, in turns, with medians and their spread."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from braid_wire.errors import ServiceFault
+from braid_wire.batch import IntArray
 
+from braid_orchestrator.bench import stats
+from braid_orchestrator.bench.cells import Services
+from braid_orchestrator.bench.check import expect_close
+from braid_orchestrator.bench.matmul import matmul_fraction
 from braid_orchestrator.bench.model import checkpoint
-from braid_orchestrator.bench.peers import CellPeer, Peer, TransformersPeer, cell_peer
-from braid_orchestrator.cell import Cell, CellOptions
-from braid_orchestrator.dispatcher import Dispatch, Point
-from braid_orchestrator.launcher import embedded_hosts
-from braid_orchestrator.link import EmbeddedLink
+from braid_orchestrator.bench.options import BenchOptions, Row
+from braid_orchestrator.bench.peers import CellPeer, Peer, TransformersPeer
+from braid_orchestrator.bench.transports import DOORBELLS, TRANSPORTS, UNARY
+from braid_orchestrator.bench.watch import LayerSeconds, watched
+from braid_orchestrator.overlap import OverlapMode
 from braid_orchestrator.store import Limits
 
-# Of the range of the reference's logits: what two float32 or bfloat16 forwards of one model may differ by.
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+OURS = "braid"
+EMBEDDED = "embedded"
+OF_DISPATCH = {"walk": DOORBELLS, "rpc": UNARY}
+_POOL_BYTES = 1 << 34
 
 
-@dataclass(frozen=True)
-class BenchOptions:
-    """What to measure."""
+@dataclass
+class Measured:
+    """What one row is made of: seconds of each turn of each peer, and the layers of ours."""
 
-    model: Path | None = None
-    """None: a 10 M-parameter hybrid with random weights."""
-    dtype: torch.dtype = torch.float32
-    dispatch: str = "walk"
-    threads: int = 1
-    batches: tuple[int, ...] = (1, 8)
-    contexts: tuple[int, ...] = (512,)
-    steps: int = 32
-    """Decode steps timed in one repeat."""
-    repeats: int = 5
-    progress: Callable[[str], None] = field(default=lambda text: None)
+    seconds: dict[str, list[float]]
+    layers: LayerSeconds = field(default_factory=LayerSeconds)
+    matmul: float | None = None
+    """Part of our time that goes into matrix products of the body."""
 
 
-Row = dict[str, Any]
+Measure = Callable[[Sequence[Peer], BenchOptions, int, int, int], Measured]
+"""(peers, options, batch, context, vocabulary) → what was measured, seconds for each token of a sequence."""
 
 
 def decode(options: BenchOptions) -> list[Row]:
@@ -52,7 +51,7 @@ def decode(options: BenchOptions) -> list[Row]:
     Raises:
         ServiceFault: a peer's logits are not the reference's.
     """
-    return _measure(options, "decode", _time_decode)
+    return _measure(options, "decode", measure_decode)
 
 
 def prefill(options: BenchOptions) -> list[Row]:
@@ -61,106 +60,78 @@ def prefill(options: BenchOptions) -> list[Row]:
     Raises:
         ServiceFault: a peer's logits are not the reference's.
     """
-    return _measure(options, "prefill", _time_prefill)
+    return _measure(options, "prefill", measure_prefill)
 
 
-Timer = Callable[[Peer, BenchOptions, np.ndarray, np.ndarray], tuple[float, torch.Tensor]]
-"""(peer, options, prompts [B, L], tokens [steps, B]) → seconds for each token of a sequence, last logits."""
+def measure_decode(
+    peers: Sequence[Peer], options: BenchOptions, batch: int, context: int, vocab_size: int
+) -> Measured:
+    """Peers take turns of `steps` steps each, from prompts of `context` tokens on.
 
+    Args:
+        peers: the first is the reference.
+        options: steps, repeats, dtype.
+        batch: sequences.
+        context: tokens of each at the beginning; all peers grow by the same ones.
+        vocab_size: of the model.
 
-def _measure(options: BenchOptions, bench: str, timer: Timer) -> list[Row]:
-    torch.set_num_threads(options.threads)
-    rows = []
-    with ExitStack() as stack:
-        directory = stack.enter_context(checkpoint(options.model))
-        options.progress("starting")
-        peers, cell = _peers(stack, directory, options)
-        for context in options.contexts:
-            for batch in options.batches:
-                options.progress(f"{bench}, batch {batch}, context {context}")
-                rows.append(_row(bench, timer, peers, cell, options, batch, context))
-    return rows
-
-
-def _peers(stack: ExitStack, directory: Path, options: BenchOptions) -> tuple[list[Peer], Cell]:
-    longest = max(options.contexts) + options.steps * 2 + 8
-    most = max(options.batches)
-    limits = Limits(
-        max_tokens=max(2048, most), max_sequences=most, max_context=longest, pool_bytes=1 << 34, page_size=16
-    )
-    setup = CellOptions(options.dtype, torch.float32, Dispatch(options.dispatch), limits)
-    remote, cell = stack.enter_context(cell_peer(directory, setup, options.threads))
-    handover = cell.owner.socket_path.with_name("embedded.sock")
-    links = {kind: EmbeddedLink(kind, host) for kind, host in embedded_hosts(options.threads).items()}
-    embedded = Cell(directory, links, handover, setup)
-    stack.callback(embedded.close)
-    return [TransformersPeer(directory, options.dtype), remote, CellPeer("embedded", embedded)], cell
-
-
-def _row(
-    bench: str,
-    timer: Timer,
-    peers: Sequence[Peer],
-    cell: Cell,
-    options: BenchOptions,
-    batch: int,
-    context: int,
-) -> Row:
-    random = np.random.default_rng(batch * 100_003 + context)
-    prompts = random.integers(0, cell.plans.vocab_size, (batch, context))
-    tokens = random.integers(0, cell.plans.vocab_size, (options.steps, batch))
-    seconds: dict[str, list[float]] = {peer.name: [] for peer in peers}
-    hops: list[float] = []
-    for repeat in range(options.repeats + 1):
-        logits: dict[str, torch.Tensor] = {}
-        for peer in peers:
-            with _watch(cell, hops if repeat and peer.name == "braid" else []):
-                took, logits[peer.name] = timer(peer, options, prompts, tokens)
+    Raises:
+        ServiceFault: after a prompt or a turn, a peer's logits are not the reference's.
+    """
+    prompts, tokens = _tokens(options, batch, context, vocab_size)
+    by_name = {peer.name: peer for peer in peers}
+    _compare({name: _prefill(peer, prompts) for name, peer in by_name.items()}, options)
+    measured = Measured({name: [] for name in by_name})
+    for repeat, turn in enumerate(tokens):
+        logits = {}
+        for name in stats.in_turn(list(by_name), repeat):
+            peer = by_name[name]
+            with _watch(peer, measured.layers) if repeat else nullcontext():
+                took, logits[name] = time_decode(peer, turn)
             if repeat:  # the first one warms up
-                seconds[peer.name].append(took)
-        _check(logits, options.dtype)
-    return _summary(bench, seconds, hops, options, batch, context)
+                measured.seconds[name].append(took)
+        _compare(logits, options)
+    ours = by_name[OURS]
+    if isinstance(ours, CellPeer):
+        measured.matmul = matmul_fraction(ours.cell, lambda: time_decode(ours, tokens[0]))
+    return measured
 
 
-def _summary(
-    bench: str,
-    seconds: dict[str, list[float]],
-    hops: list[float],
-    options: BenchOptions,
-    batch: int,
-    context: int,
-) -> Row:
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    ours = medians["braid"]
-    # Ratios pair runs that were neighbours in time, so that a slow minute does not fake a difference.
-    ratio = {name: _ratio(values, seconds["braid"]) for name, values in seconds.items()}
-    return {
-        "bench": bench,
-        "batch": batch,
-        "context": context,
-        "dtype": str(options.dtype).removeprefix("torch."),
-        "dispatch": options.dispatch,
-        "threads": options.threads,
-        "tokens_per_s": round(batch / ours, 1),
-        "tokens_per_s_transformers": round(batch / medians["transformers"], 1),
-        "tokens_per_s_embedded": round(batch / medians["embedded"], 1),
-        "ratio_transformers": round(ratio["transformers"], 3),
-        "ratio_embedded": round(ratio["embedded"], 3),
-        "hop_us_p50": round(statistics.median(hops) * 1e6, 1) if hops else None,
-        "spread": round((max(seconds["braid"]) - min(seconds["braid"])) / ours, 3),
-        "repeats": options.repeats,
-    }
+def measure_prefill(
+    peers: Sequence[Peer], options: BenchOptions, batch: int, context: int, vocab_size: int
+) -> Measured:
+    """Peers take turns of one prompt of `context` tokens a sequence; arguments as `measure_decode`."""
+    prompts, _ = _tokens(options, batch, context, vocab_size)
+    by_name = {peer.name: peer for peer in peers}
+    measured = Measured({name: [] for name in by_name})
+    for peer in peers:
+        peer.warm_up(prompts)
+    for repeat in range(options.repeats):
+        logits = {}
+        for name in stats.in_turn(list(by_name), repeat):
+            peer = by_name[name]
+            peer.enter()
+            if peer.begins_cold:
+                peer.prefill(prompts)
+            with _watch(peer, measured.layers):
+                began = time.perf_counter()
+                logits[name] = peer.prefill(prompts)
+                measured.seconds[name].append((time.perf_counter() - began) / context)
+        _compare(logits, options)
+    ours = by_name[OURS]
+    if isinstance(ours, CellPeer):
+        measured.matmul = matmul_fraction(ours.cell, lambda: _prefill(ours, prompts))
+    return measured
 
 
-def _ratio(peer: Sequence[float], ours: Sequence[float]) -> float:
-    """How many times as fast as a peer: the median over pairs of neighbouring runs."""
-    return statistics.median(theirs / mine for theirs, mine in zip(peer, ours, strict=True))
+def _prefill(peer: Peer, prompts: IntArray) -> torch.Tensor:
+    peer.enter()
+    return peer.prefill(prompts)
 
 
-def _time_decode(
-    peer: Peer, options: BenchOptions, prompts: np.ndarray, tokens: np.ndarray
-) -> tuple[float, torch.Tensor]:
-    peer.prefill(prompts)
+def time_decode(peer: Peer, tokens: IntArray) -> tuple[float, torch.Tensor]:
+    """Feed tokens [1 + steps, B]: mean seconds of all steps but the first, and the last logits."""
+    peer.enter()
     logits = peer.decode(tokens[0])
     began = time.perf_counter()
     for row in tokens[1:]:
@@ -168,35 +139,100 @@ def _time_decode(
     return (time.perf_counter() - began) / (len(tokens) - 1), logits
 
 
-def _time_prefill(
-    peer: Peer, options: BenchOptions, prompts: np.ndarray, tokens: np.ndarray
-) -> tuple[float, torch.Tensor]:
-    began = time.perf_counter()
-    logits = peer.prefill(prompts)
-    return (time.perf_counter() - began) / prompts.shape[1], logits
+def limits(batches: Sequence[int], contexts: Sequence[int], grows: int) -> Limits:
+    """For sequences of these contexts that grow by so many tokens."""
+    most = max(batches)
+    return Limits(
+        max_tokens=max(2048, most),
+        # A prompt that lies in two lanes holds a third version of its state.
+        max_sequences=most + 1,
+        max_context=max(contexts) + grows,
+        pool_bytes=_POOL_BYTES,
+    )
 
 
-def _check(logits: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-    reference = logits["transformers"]
-    allowed = _TOLERANCE[dtype] * float(reference.max() - reference.min())
-    for name, found in logits.items():
-        error = float((found - reference).abs().max())
-        if not error <= allowed:  # NaN is refused too
-            raise ServiceFault(
-                f"{name} differs from transformers by {error:.2e} (allowed {allowed:.2e}); "
-                "nothing is reported"
-            )
+def grows(options: BenchOptions) -> int:
+    """Tokens that a sequence decodes: one turn warms up, and one tells of matrix products."""
+    return (options.steps + 1) * (options.repeats + 2)
 
 
-@contextmanager
-def _watch(cell: Cell, hops: list[float]) -> Iterator[None]:
-    """Collect the time of each layer of a cell that was not in the kernel."""
+def _measure(options: BenchOptions, bench: str, measure: Measure) -> list[Row]:
+    torch.set_num_threads(options.threads)
+    rows = []
+    with ExitStack() as stack:
+        options.progress("starting")
+        directory = stack.enter_context(checkpoint(options.model))
+        peers, vocab_size = _peers(stack, directory, options)
+        for context in options.contexts:
+            for batch in options.batches:
+                options.progress(f"{bench}, batch {batch}, context {context}")
+                measured = measure(peers, options, batch, context, vocab_size)
+                rows.append(_row(bench, measured, options, batch, context))
+    return rows
 
-    def note(point: Point, compute_s: float, overhead_s: float) -> None:
-        hops.append(overhead_s)
 
-    cell.dispatcher.observer = note
-    try:
-        yield
-    finally:
-        cell.dispatcher.observer = None
+def _peers(stack: ExitStack, directory: Path, options: BenchOptions) -> tuple[list[Peer], int]:
+    """The reference, ours, and whoever else was asked for; and the size of the vocabulary."""
+    room = limits(options.batches, options.contexts, grows(options))
+    setup = options.setup(room)
+    ours = OF_DISPATCH[options.dispatch]
+    ways = (ours, *(name for name in options.peers if name != EMBEDDED))
+    # Cells on the same services configure them anew when their turn begins.
+    shared = sum(not TRANSPORTS[name].own_service for name in ways) > 1
+    services = stack.enter_context(Services(options.threads))
+    services.start(ways)
+    chosen = options.setup(room, OverlapMode(options.overlap))
+    cell = stack.enter_context(services.remote(directory, chosen, ours))
+    found: list[Peer] = [TransformersPeer(directory, options.dtype), CellPeer(OURS, cell, shared)]
+    for name in options.peers:
+        if name == EMBEDDED:
+            other = stack.enter_context(services.embedded(directory, setup))
+        else:
+            other = stack.enter_context(services.remote(directory, setup, name))
+        found.append(CellPeer(name, other, shared and name != EMBEDDED))
+    return found, cell.plans.vocab_size
+
+
+def _tokens(options: BenchOptions, batch: int, context: int, vocab_size: int) -> tuple[IntArray, IntArray]:
+    """Prompts [B, context], and what is fed behind them: [turns, 1 + steps, B]."""
+    random = np.random.default_rng(batch * 100_003 + context)
+    prompts = random.integers(0, vocab_size, (batch, context))
+    return prompts, random.integers(0, vocab_size, (options.repeats + 1, options.steps + 1, batch))
+
+
+def _watch(peer: Peer, layers: LayerSeconds) -> AbstractContextManager[None]:
+    """Note the layers of ours."""
+    if peer.name == OURS and isinstance(peer, CellPeer):
+        return watched(peer.cell, layers.add)
+    return nullcontext()
+
+
+def _compare(logits: Mapping[str, torch.Tensor], options: BenchOptions) -> None:
+    expect_close(logits, TransformersPeer.name, options.dtype)
+
+
+def _row(bench: str, measured: Measured, options: BenchOptions, batch: int, context: int) -> Row:
+    seconds = measured.seconds
+    ours = seconds[OURS]
+    row: Row = {
+        "bench": bench,
+        "batch": batch,
+        "context": context,
+        "dtype": options.dtype_name,
+        "segments": options.segments,
+        "dispatch": options.dispatch,
+        "overlap": options.overlap,
+        "threads": options.threads,
+        "tokens_per_s": round(batch / statistics.median(ours), 1),
+        "hop_us_p50": stats.quantile(measured.layers.all_hops(), 0.5),
+        "hop_us_p99": stats.quantile(measured.layers.all_hops(), 0.99),
+        "matmul_fraction": measured.matmul,
+        "spread": stats.spread(ours),
+        "repeats": options.repeats,
+    }
+    for name, theirs in seconds.items():
+        if name != OURS:
+            row[f"tokens_per_s_{name}"] = round(batch / statistics.median(theirs), 1)
+            row[f"ratio_{name}"] = stats.ratio(theirs, ours)
+            row[f"spread_{name}"] = stats.spread(theirs)
+    return row

@@ -164,6 +164,9 @@ _LOAD = click.option(
 )
 
 
+_PROMPTS = click.option(
+    "--prompts", type=Counts(), default="8", show_default=True, help="Sequences that are prefilled."
+)
 PHASE_NAMES = ("decode", "prefill")
 _PHASE = click.option("--phase", type=Names(PHASE_NAMES), default=",".join(PHASE_NAMES), show_default=True)
 SWEEP_NAMES = ("layers", "batch", "context")
@@ -237,12 +240,12 @@ def scale(sweep: tuple[str, ...], **given: Any) -> None:
 
 
 @bench.command()
-@_options(_Defaults("8,64", "256,1024", 24, 5), _PHASE)
-def overlap(phase: tuple[str, ...], **given: Any) -> None:
+@_options(_Defaults("8,64", "256,1024", 24, 5), _PROMPTS, _PHASE)
+def overlap(prompts: tuple[int, ...], phase: tuple[str, ...], **given: Any) -> None:
     """Two lanes, of which one is in the body while the other is in a service, against one."""
     from braid_orchestrator.bench import overlap as overlaps
 
-    _run("overlap", given, lambda options: overlaps.overlap(options, phase))
+    _run("overlap", given, lambda options: overlaps.overlap(options, prompts, phase))
 
 
 def _run(name: str, given: dict[str, Any], measure: Callable[[BenchOptions], list[Row]]) -> None:

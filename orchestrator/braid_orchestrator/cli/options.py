@@ -13,6 +13,7 @@ from braid_wire.errors import RequestInvalid
 from braid_orchestrator.settings import (
     DISPATCHES,
     DTYPES,
+    MOST_GUESSES,
     OVERLAPS,
     PLACEMENTS,
     SEGMENTS,
@@ -124,6 +125,13 @@ def _options() -> dict[str, Callable[[Command], Command]]:
             default=_DEFAULTS.prefix_cache,
             show_default=True,
             help="Compute what requests have in common at their beginning once.",
+        ),
+        "speculative": click.option(
+            "--speculative",
+            type=click.IntRange(0, MOST_GUESSES),
+            default=_DEFAULTS.speculative,
+            show_default=True,
+            help="Tokens that the model's own draft (MTP) guesses ahead; 0: none.",
         ),
         "trust_remote_code": click.option(
             "--trust-remote-code", is_flag=True, help="Run code that lies in the model's directory."

@@ -58,8 +58,6 @@ class NativeCompiler(SegmentCompiler):
         self._lowered: list[tuple[Cut, LoweredRole]] = []
 
     def compile(self, cut: Cut, buffers: BuffersOf, max_tokens: int) -> NativeRole:
-        if cut.device.type != "cpu":
-            raise SegmentsUnavailable(f"native segments run on the CPU; the weights lie on {cut.device}")
         try:
             return NativeRole(cut, self._lower(cut), buffers, max_tokens)
         except BuildError as error:
@@ -68,8 +66,8 @@ class NativeCompiler(SegmentCompiler):
     def release_originals(self, *modules: nn.Module) -> int:
         """Let go of weights that are packed and that nothing compiled here uses as they were.
 
-        They are replaced by meta tensors in the modules given and in the graphs that were compiled, which
-        then cannot run by themselves any more; cuts that were compiled here can still be compiled.
+        They are replaced by empty tensors in the modules given and in the graphs that were compiled,
+        which then cannot run by themselves any more; cuts that were compiled here can still be compiled.
 
         Returns:
             The bytes of these weights, which are free once nothing else holds them.
@@ -88,6 +86,8 @@ class NativeCompiler(SegmentCompiler):
         for known, lowered in self._lowered:
             if known is cut:
                 return lowered
+        if cut.device.type != "cpu":
+            raise SegmentsUnavailable(f"native segments run on the CPU; the weights lie on {cut.device}")
         lowered = lower(cut, self._packer)
         self._lowered.append((cut, lowered))
         return lowered
@@ -387,10 +387,10 @@ def _held(lowered: LoweredRole) -> Iterator[torch.Tensor]:
 
 
 def _empty(module: nn.Module, gone: set[int]) -> None:
-    """Replace a module's own tensors that lie at these addresses by meta tensors."""
+    """Replace a module's own tensors that lie at these addresses by empty ones, which fit no operator."""
     for name, parameter in list(module.named_parameters(recurse=False)):
         if _address(parameter) in gone:
-            setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+            setattr(module, name, nn.Parameter(parameter.new_empty(0), requires_grad=False))
     for name, tensor in [*module.named_buffers(recurse=False), *vars(module).items()]:
         if isinstance(tensor, torch.Tensor) and _address(tensor) in gone:
-            setattr(module, name, tensor.to("meta"))
+            setattr(module, name, tensor.new_empty(0))

@@ -17,11 +17,10 @@ from braid_wire.runtime_dir import RuntimeDirectory
 
 from braid_orchestrator.bench.transports import DOORBELLS, TRANSPORTS
 from braid_orchestrator.cell import Cell, CellOptions
-from braid_orchestrator.launcher import MODULES, embedded_hosts
+from braid_orchestrator.launcher import MODULES, START_TIMEOUT_S, embedded_hosts
 from braid_orchestrator.link import EmbeddedLink
 from braid_orchestrator.supervisor import Program, Ready, Supervisor
 
-_START_S = 120.0
 _KINDS = (Kind.FULL, Kind.LINEAR)
 
 
@@ -68,7 +67,7 @@ class Services:
         supervisor = Supervisor(programs)
         supervisor.start()
         self._stack.callback(_end, supervisor)
-        supervisor.wait_ready(_START_S)
+        supervisor.wait_ready(START_TIMEOUT_S)
 
     @contextmanager
     def remote(self, model: Path, setup: CellOptions, transport: str = DOORBELLS) -> Iterator[Cell]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -13,8 +14,10 @@ from braid_kernels.geometry import FullGeometry, Gqa, Mla
 from braid_kernels.metadata import PagedMeta
 from braid_kernels.registry import default_full_backend, full_backend
 from braid_wire import dtypes
-from braid_wire.attention_core import AttentionCore, LayerRunner, PlannedBatch
+from braid_wire.attention_core import AttentionCore, CheckedBatch, LayerRunner, PlannedBatch
+from braid_wire.audit import Sample
 from braid_wire.batch import MODE_CODES
+from braid_wire.devices import CPU, device_of
 from braid_wire.errors import (
     BatchInvalid,
     BraidError,
@@ -29,7 +32,12 @@ from braid_wire.errors import (
 from braid_wire.layers import Geometry, Kind, LayerPlan, LayerSpec, Mode, Role
 from braid_wire.metrics import versions
 
+from braid_full_attn.audit import sample
+
 GEOMETRIES: Mapping[str, type[FullGeometry]] = {cls.mechanism: cls for cls in (Gqa, Mla)}
+
+VERSIONS = ("braid-attention", "grpcio", "torch")
+GPU_VERSIONS = ("triton", "flashinfer-python", "cuda-bindings")
 
 REFUSALS: Mapping[type[Exception], type[BraidError]] = {
     kernel_errors.MetadataError: BatchInvalid,
@@ -56,13 +64,15 @@ class FullAttention(AttentionCore):
     Args:
         backend: the kernels.
         max_tokens: most tokens in one step; 0: no limit.
+        device: where they run.
     """
 
     kind = Kind.FULL
     refusals = REFUSALS
 
-    def __init__(self, backend: FullBackend, max_tokens: int = 0) -> None:
+    def __init__(self, backend: FullBackend, max_tokens: int = 0, device: torch.device = CPU) -> None:
         self._backend = backend
+        self.device = device
         self._max_tokens = max_tokens
         self._known: dict[Role, tuple[LayerPlan, tuple[FullGeometry, ...]]] = {}
 
@@ -72,14 +82,14 @@ class FullAttention(AttentionCore):
             kind=common_pb2.KIND_FULL,
             backend=self._backend.name,
             mechanisms=sorted(can.mechanisms),
-            devices=["cpu"],
+            devices=[str(self.device)],
             dtypes=dtypes.to_pb_all(can.dtypes),
             planning=attention_pb2.Planning.Value(f"PLANNING_{can.planning.name}"),
             chunked_prefix=can.chunked_prefix,
             ragged=attention_pb2.Ragged.Value(f"RAGGED_{can.ragged.name}"),
             graphs=can.graphs,
             max_tokens=self._max_tokens,
-            versions=versions(("braid-attention", "grpcio", "torch")),
+            versions=versions(VERSIONS if self.device.type == "cpu" else VERSIONS + GPU_VERSIONS),
         )
 
     def supports(
@@ -108,14 +118,9 @@ class FullAttention(AttentionCore):
         return _Runner(kernel)
 
     def plan(
-        self, plan: LayerPlan, arrays: Mapping[str, torch.Tensor], page_size: int, options: Mapping[str, str]
+        self, plan: LayerPlan, batch: CheckedBatch, page_size: int, options: Mapping[str, str]
     ) -> PlannedBatch:
-        meta = PagedMeta(
-            arrays["cu_seqlens"],
-            arrays["context_lens"],
-            arrays["page_table"],
-            extend=arrays["modes"] == MODE_CODES[Mode.EXTEND],
-        )
+        meta = _meta(batch)
         found = self._backend.plan(meta, page_size, options, self._geometries(plan))
         summary = attention_pb2.PlanSummary(
             qo_indptr_last=found.qo_indptr_last,
@@ -130,6 +135,18 @@ class FullAttention(AttentionCore):
         )
         return PlannedBatch(summary, _Planned(meta, found))
 
+    def sample(
+        self,
+        geometry: Geometry,
+        params: Mapping[str, torch.Tensor],
+        memory: Mapping[str, torch.Tensor],
+        inputs: Mapping[str, torch.Tensor],
+        payload: object,
+    ) -> Sample | None:
+        if not isinstance(payload, _Planned):
+            raise ServiceFault("a full layer was given a batch that another core planned")
+        return sample(_kernel_geometry(geometry), params, memory, inputs, payload.meta)
+
     def _geometries(self, plan: LayerPlan) -> tuple[FullGeometry, ...]:
         """The different geometries of a role's full layers; worked out once for each plan."""
         known = self._known.get(plan.role)
@@ -138,6 +155,24 @@ class FullAttention(AttentionCore):
             known = plan, tuple(_kernel_geometry(geometry) for geometry in distinct)
             self._known[plan.role] = known
         return known[1]
+
+
+def _meta(batch: CheckedBatch) -> PagedMeta:
+    """The batch as the kernels take it."""
+    modes = batch.arrays["modes"]
+    if batch.like is not None and isinstance(batch.like.payload, _Planned):
+        # Another object, because kernels may keep what they worked out of one.
+        meta = copy.copy(batch.like.payload.meta)
+        if meta.extend is not None:
+            torch.eq(modes, MODE_CODES[Mode.EXTEND], out=meta.extend)
+        return meta
+    return PagedMeta(
+        batch.arrays["cu_seqlens"],
+        batch.arrays["context_lens"],
+        batch.arrays["page_table"],
+        num_tokens=batch.num_tokens,
+        extend=modes == MODE_CODES[Mode.EXTEND],
+    )
 
 
 @dataclass(frozen=True)
@@ -161,27 +196,35 @@ def _kernel_geometry(geometry: Geometry) -> FullGeometry:
     return found(**asdict(geometry))
 
 
-def load(backend: str, threads: int, max_tokens: int = 0) -> FullAttention:
+def load(backend: str, threads: int, max_tokens: int = 0, device: str = "cpu") -> FullAttention:
     """A core with its kernels loaded.
 
     Args:
         backend: name, or "auto" for the fastest that loads.
         threads: of the kernels.
         max_tokens: most tokens in one step; 0: no limit.
+        device: "cpu", "cuda" or "cuda:N".
 
     Raises:
-        RequestInvalid: no backend has this name.
+        RequestInvalid: no backend has this name, or it does not run there; or there is no such device.
         ServiceFault: the kernels cannot be built.
     """
+    where = device_of(device)
     try:
-        found = default_full_backend() if backend == "auto" else full_backend(backend)
+        found = default_full_backend(where.type) if backend == "auto" else full_backend(backend)
     except kernel_errors.UnknownBackendError as error:
         raise RequestInvalid(str(error), field="backend", value=backend) from error
     except kernel_errors.BuildError as error:
         raise ServiceFault(str(error), backend=backend) from error
+    if where.type not in found.capabilities.devices:
+        raise RequestInvalid(
+            f"backend {found.name} runs on {', '.join(sorted(found.capabilities.devices))}, not on {where}",
+            field="backend",
+            value=backend,
+        )
     torch.set_num_threads(threads)
     if found.name == "cpp":
         from braid_kernels.native import set_num_threads
 
         set_num_threads(threads)
-    return FullAttention(found, max_tokens)
+    return FullAttention(found, max_tokens, where)

@@ -45,6 +45,8 @@ class Capabilities:
     graphs: bool
     mechanisms: frozenset[str]
     dtypes: frozenset[torch.dtype]
+    devices: frozenset[str] = frozenset({"cpu"})
+    """Types of devices on which it runs."""
 
     def check(self, mechanism: str) -> None:
         """Raise UnsupportedError for a mechanism that is not declared."""
@@ -178,6 +180,14 @@ class LinearBackend(ABC):
 
     name: str
     capabilities: Capabilities
+
+    def prepare(self, meta: LinearMeta) -> LinearMeta:
+        """What a step's layers are to be called with: `meta`, planned, or what stands for it.
+
+        Called once for a step, before its first layer, with metadata on the host. Optional.
+        Raises MetadataError.
+        """
+        return meta
 
     @abstractmethod
     def layer(self, layer: LinearLayer) -> LinearKernel:

@@ -7,7 +7,7 @@ the pages once per step, so it needs its plan, and has mla prompts attend to the
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -50,13 +50,13 @@ class Places:
     begin: int
     end: int
     context: int
-    page: Tensor  # int64 [context + rows]
-    offset: Tensor  # int64 [context + rows]
+    page: Tensor  # int64 [context + rows], where the caches lie
+    offset: Tensor  # int64 [context + rows], likewise
     expand: bool
     chunks: tuple[tuple[int, int], ...]  # mla: (first position, positions) of each part of the prefix
 
 
-def find_places(meta: PagedMeta, page_size: int) -> list[Places]:
+def find_places(meta: PagedMeta, page_size: int, device: torch.device | None = None) -> list[Places]:
     """The spans that have rows; how mla attends is left to the caller."""
     cu, table = meta.cu_seqlens.tolist(), meta.page_table.long()
     places = []
@@ -66,6 +66,8 @@ def find_places(meta: PagedMeta, page_size: int) -> list[Places]:
             continue
         position = torch.arange(context + end - begin)
         page, offset = table[b, position // page_size], position % page_size
+        if device is not None:
+            page, offset = page.to(device), offset.to(device)
         places.append(Places(begin, end, context, page, offset, False, ()))
     return places
 
@@ -88,10 +90,11 @@ def attend(
         # The query heads of one KV head are rows of one product.
         block = q[begin:end].unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)  # [Hkv, G, L, D]
         scores = scale * (block.flatten(1, 2) @ k).unflatten(1, (-1, end - begin))  # [Hkv, G, L, n]
-        position = ahead + torch.arange(begin, end)[:, None]
-        hidden = torch.arange(keys) > position
+        position = ahead + torch.arange(begin, end, device=q.device)[:, None]
+        key = torch.arange(keys, device=q.device)
+        hidden = key > position
         if window:
-            hidden |= torch.arange(keys) <= position - window
+            hidden |= key <= position - window
         scores.masked_fill_(hidden, float("-inf"))
         total = torch.logsumexp(scores, dim=-1)  # [Hkv, G, L]
         weights = torch.exp(scores - total.masked_fill(total == float("-inf"), 0.0)[..., None])
@@ -108,7 +111,8 @@ class GatheredKernel(FullKernel):
         self._layer = layer
         self._planning = planning
         self._signature = signature(layer.geometry)
-        self._params = {name: param.float() for name, param in layer.params.items()}
+        self._device = next(iter(layer.caches.values())).device
+        self._params = {name: param.to(self._device).float() for name, param in layer.params.items()}
 
     def __call__(
         self, inputs: Mapping[str, Tensor], meta: PagedMeta, plan: FullPlan | None, out: Tensor
@@ -131,7 +135,8 @@ class GatheredKernel(FullKernel):
 
     def _places(self, meta: PagedMeta, plan: FullPlan | None) -> list[Places]:
         if self._planning is not Planning.REQUIRED:
-            geometry, places = self._layer.geometry, find_places(meta, self._layer.page_size)
+            geometry = self._layer.geometry
+            places = find_places(meta, self._layer.page_size, self._device)
             if not isinstance(geometry, Mla):
                 return places
             return [replace(p, expand=expands(geometry, p.end - p.begin, p.context)) for p in places]
@@ -139,7 +144,7 @@ class GatheredKernel(FullKernel):
             raise PlanError("plan.payload", plan, "was made by another backend")
         if plan.payload.meta is not meta or plan.payload.page_size != self._layer.page_size:
             raise PlanError("plan", plan, "was made for another batch")
-        return plan.payload.places
+        return plan.payload.on(self._device)
 
     def _append(self, name: str, rows: Tensor, place: Places) -> None:
         cache = self._layer.caches[name]
@@ -188,6 +193,18 @@ class _Payload:
     meta: PagedMeta
     page_size: int
     places: list[Places]
+    elsewhere: dict[torch.device, list[Places]] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> list[Places]:
+        """The places with their tensors on a device; copied for the first layer that asks."""
+        if device.type == "cpu":
+            return self.places
+        if device not in self.elsewhere:
+            self.elsewhere[device] = [
+                replace(place, page=place.page.to(device), offset=place.offset.to(device))
+                for place in self.places
+            ]
+        return self.elsewhere[device]
 
 
 class _GatheredBackend(FullBackend):
@@ -209,6 +226,7 @@ class DirectFullBackend(_GatheredBackend):
         graphs=False,
         mechanisms=frozenset({"gqa", "mla"}),
         dtypes=frozenset({torch.float32, torch.bfloat16}),
+        devices=frozenset({"cpu", "cuda"}),
     )
 
     def plan(
@@ -232,6 +250,7 @@ class GatherFullBackend(_GatheredBackend):
         graphs=False,
         mechanisms=frozenset({"gqa", "mla"}),
         dtypes=frozenset({torch.float32, torch.bfloat16}),
+        devices=frozenset({"cpu", "cuda"}),
     )
 
     def plan(

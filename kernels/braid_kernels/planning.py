@@ -59,7 +59,7 @@ def summarise_plan(
                 f"+ {length} new tokens outgrow {max_pages} pages of {page_size}",
             )
         total += context + length
-    ignored = tuple(sorted(set(options) - set(known)))
+    ignored = tuple(sorted(set(options) - set(known))) if options else ()
     return FullPlan(qo_indptr_last=cu[-1], kv_tokens=total, ignored_options=ignored)
 
 

@@ -71,13 +71,31 @@ def _cpp_full() -> FullBackend:
 
 def _triton_linear() -> LinearBackend:
     try:
-        from braid_kernels.triton_kernels import TritonLinearBackend
+        from braid_kernels.graphs import GraphRecorder
+        from braid_kernels.triton_kernels import INTERPRETED, TritonLinearBackend
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
         raise BuildError("the Triton kernels need the package triton, which is not installed") from error
 
-    return TritonLinearBackend()
+    return TritonLinearBackend(recorder=None if INTERPRETED else GraphRecorder())
+
+
+def _triton_full() -> FullBackend:
+    try:
+        from braid_kernels.triton_kernels import TritonFullBackend
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise BuildError("the Triton kernels need the package triton, which is not installed") from error
+
+    return TritonFullBackend()
+
+
+def _flashinfer_full() -> FullBackend:
+    from braid_kernels.flashinfer_backend import FlashInferFullBackend
+
+    return FlashInferFullBackend()
 
 
 def _direct_full() -> FullBackend:
@@ -102,6 +120,12 @@ FULL.register("reference", _reference_full)
 FULL.register("cpp", _cpp_full)
 FULL.register("direct", _direct_full)
 FULL.register("gather", _gather_full)
+FULL.register("triton", _triton_full)
+FULL.register("flashinfer", _flashinfer_full)
+
+# What "auto" tries on a GPU, fastest first; the last ones need nothing but torch.
+_LINEAR_ON_GPU = ("triton",)
+_FULL_ON_GPU = ("flashinfer", "triton", "gather")
 
 
 def linear_backend(name: str) -> LinearBackend:
@@ -110,7 +134,7 @@ def linear_backend(name: str) -> LinearBackend:
 
 
 def full_backend(name: str) -> FullBackend:
-    """The full backend `name`. Raises UnknownBackendError, or BuildError for "cpp"."""
+    """The full backend `name`. Raises UnknownBackendError, or BuildError for what needs more than torch."""
     return FULL.get(name)
 
 
@@ -143,11 +167,29 @@ def set_num_threads(count: int) -> None:
     set_native(count)
 
 
-def default_linear_backend() -> LinearBackend:
-    """ "cpp", or "reference" (with one warning per process, naming why) where it cannot be built."""
-    return _default(LINEAR)
+def _first_on_gpu(registry: Registry[B], names: tuple[str, ...]) -> B:
+    """The first that can be made; the last one's BuildError where none can."""
+    *better, last = names
+    for name in better:
+        try:
+            return registry.get(name)
+        except BuildError as error:
+            logger.info("no %s backend: %s", name, error.reason)
+    return registry.get(last)
 
 
-def default_full_backend() -> FullBackend:
-    """ "cpp", or "reference" (with one warning per process, naming why) where it cannot be built."""
-    return _default(FULL)
+def default_linear_backend(device: str = "cpu") -> LinearBackend:
+    """The fastest that can be made for a type of device.
+
+    On a CPU "cpp", or "reference" (with one warning per process, naming why) where it cannot be built; on
+    "cuda" the Triton kernels. Raises BuildError where Triton is not installed.
+    """
+    return _default(LINEAR) if device == "cpu" else _first_on_gpu(LINEAR, _LINEAR_ON_GPU)
+
+
+def default_full_backend(device: str = "cpu") -> FullBackend:
+    """The fastest that can be made for a type of device.
+
+    On a CPU as `default_linear_backend`; on "cuda" FlashInfer, else the Triton kernels, else plain torch.
+    """
+    return _default(FULL) if device == "cpu" else _first_on_gpu(FULL, _FULL_ON_GPU)

@@ -19,7 +19,9 @@ def main(options: ServiceOptions) -> None:
     on a fault.
     """
     run_service(
-        "linear", options, lambda: load(options.backend, thread_count(options.threads), options.max_tokens)
+        "linear",
+        options,
+        lambda: load(options.backend, thread_count(options.threads), options.max_tokens, options.device),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -21,7 +22,9 @@ from braid_kernels.geometry import (
 from braid_kernels.metadata import LinearMeta
 from braid_kernels.registry import default_linear_backend, linear_backend
 from braid_wire import dtypes
-from braid_wire.attention_core import AttentionCore, LayerRunner, PlannedBatch
+from braid_wire.attention_core import AttentionCore, CheckedBatch, LayerRunner, PlannedBatch
+from braid_wire.audit import Sample
+from braid_wire.devices import CPU, device_of
 from braid_wire.errors import (
     BatchInvalid,
     BraidError,
@@ -35,10 +38,15 @@ from braid_wire.errors import (
 from braid_wire.layers import Geometry, Kind, LayerPlan, LayerSpec
 from braid_wire.metrics import versions
 
+from braid_linear_attn.audit import sample
+
 GEOMETRIES: Mapping[str, type[LinearGeometry]] = {
     cls.mechanism: cls for cls in (GatedDelta, KimiDelta, Lightning, Mamba2, Mamba1, ShortConv)
 }
 STATE_DTYPES = (torch.float32, torch.bfloat16)
+
+VERSIONS = ("braid-attention", "grpcio", "torch")
+GPU_VERSIONS = ("triton", "cuda-bindings")
 
 REFUSALS: Mapping[type[Exception], type[BraidError]] = {
     kernel_errors.MetadataError: BatchInvalid,
@@ -49,19 +57,31 @@ REFUSALS: Mapping[type[Exception], type[BraidError]] = {
 }
 
 
+@dataclass(frozen=True)
+class _Planned:
+    """What the runners of one batch need."""
+
+    given: LinearMeta
+    """In host memory: the private copies of the batch."""
+    meta: LinearMeta
+    """What the backend made of it."""
+
+
 class LinearAttention(AttentionCore):
     """Recurrences over states of fixed size.
 
     Args:
         backend: the kernels.
         max_tokens: most tokens in one step; 0: no limit.
+        device: where they run.
     """
 
     kind = Kind.LINEAR
     refusals = REFUSALS
 
-    def __init__(self, backend: LinearBackend, max_tokens: int = 0) -> None:
+    def __init__(self, backend: LinearBackend, max_tokens: int = 0, device: torch.device = CPU) -> None:
         self._backend = backend
+        self.device = device
         self._max_tokens = max_tokens
 
     def describe(self) -> attention_pb2.DescribeResponse:
@@ -70,14 +90,14 @@ class LinearAttention(AttentionCore):
             kind=common_pb2.KIND_LINEAR,
             backend=self._backend.name,
             mechanisms=sorted(can.mechanisms),
-            devices=["cpu"],
+            devices=[str(self.device)],
             dtypes=dtypes.to_pb_all(can.dtypes),
             planning=attention_pb2.Planning.Value(f"PLANNING_{can.planning.name}"),
             chunked_prefix=can.chunked_prefix,
             ragged=attention_pb2.Ragged.Value(f"RAGGED_{can.ragged.name}"),
             graphs=can.graphs,
             max_tokens=self._max_tokens,
-            versions=versions(("braid-attention", "grpcio", "torch")),
+            versions=versions(VERSIONS if self.device.type == "cpu" else VERSIONS + GPU_VERSIONS),
         )
 
     def supports(
@@ -108,16 +128,35 @@ class LinearAttention(AttentionCore):
         return _Runner(self._backend.layer(layer))
 
     def plan(
-        self, plan: LayerPlan, arrays: Mapping[str, torch.Tensor], page_size: int, options: Mapping[str, str]
+        self, plan: LayerPlan, batch: CheckedBatch, page_size: int, options: Mapping[str, str]
     ) -> PlannedBatch:
-        meta = LinearMeta(arrays["cu_seqlens"], arrays["state_in"], arrays["state_out"])
+        given = _given(batch)
         # A recurrence has nothing to plan: the batch was checked, and no option is known.
         summary = attention_pb2.PlanSummary(
-            qo_indptr_last=int(meta.cu_seqlens[-1]),
-            kv_tokens=int(arrays["context_lens"].sum()) + meta.num_tokens,
-            ignored_options=sorted(options),
+            qo_indptr_last=batch.num_tokens, kv_tokens=batch.keys, ignored_options=sorted(options)
         )
-        return PlannedBatch(summary, meta)
+        return PlannedBatch(summary, _Planned(given, self._backend.prepare(given)))
+
+    def sample(
+        self,
+        geometry: Geometry,
+        params: Mapping[str, torch.Tensor],
+        memory: Mapping[str, torch.Tensor],
+        inputs: Mapping[str, torch.Tensor],
+        payload: object,
+    ) -> Sample | None:
+        if not isinstance(payload, _Planned):
+            raise ServiceFault("a linear layer was given a batch that another core planned")
+        return sample(_kernel_geometry(geometry), params, memory, inputs, payload.given)
+
+
+def _given(batch: CheckedBatch) -> LinearMeta:
+    """The batch as the kernels take it, before they prepare it."""
+    if batch.like is not None and isinstance(batch.like.payload, _Planned):
+        # Another object, because kernels may keep what they worked out of one.
+        return copy.copy(batch.like.payload.given)
+    arrays = batch.arrays
+    return LinearMeta(arrays["cu_seqlens"], arrays["state_in"], arrays["state_out"])
 
 
 @dataclass(frozen=True)
@@ -127,10 +166,10 @@ class _Runner:
     kernel: LinearKernel
 
     def __call__(self, inputs: Mapping[str, torch.Tensor], planned: PlannedBatch, out: torch.Tensor) -> None:
-        meta = planned.payload
-        if not isinstance(meta, LinearMeta):
+        batch = planned.payload
+        if not isinstance(batch, _Planned):
             raise ServiceFault("a linear layer was given a batch that another core planned")
-        self.kernel(inputs, meta, out)
+        self.kernel(inputs, batch.meta, out)
 
 
 def _kernel_geometry(geometry: Geometry) -> LinearGeometry:
@@ -141,27 +180,35 @@ def _kernel_geometry(geometry: Geometry) -> LinearGeometry:
     return found(**asdict(geometry))
 
 
-def load(backend: str, threads: int, max_tokens: int = 0) -> LinearAttention:
+def load(backend: str, threads: int, max_tokens: int = 0, device: str = "cpu") -> LinearAttention:
     """A core with its kernels loaded.
 
     Args:
         backend: name, or "auto" for the fastest that loads.
         threads: of the kernels.
         max_tokens: most tokens in one step; 0: no limit.
+        device: "cpu", "cuda" or "cuda:N".
 
     Raises:
-        RequestInvalid: no backend has this name.
+        RequestInvalid: no backend has this name, or it does not run there; or there is no such device.
         ServiceFault: the kernels cannot be built.
     """
+    where = device_of(device)
     try:
-        found = default_linear_backend() if backend == "auto" else linear_backend(backend)
+        found = default_linear_backend(where.type) if backend == "auto" else linear_backend(backend)
     except kernel_errors.UnknownBackendError as error:
         raise RequestInvalid(str(error), field="backend", value=backend) from error
     except kernel_errors.BuildError as error:
         raise ServiceFault(str(error), backend=backend) from error
+    if where.type not in found.capabilities.devices:
+        raise RequestInvalid(
+            f"backend {found.name} runs on {', '.join(sorted(found.capabilities.devices))}, not on {where}",
+            field="backend",
+            value=backend,
+        )
     torch.set_num_threads(threads)
     if found.name == "cpp":
         from braid_kernels.native import set_num_threads
 
         set_num_threads(threads)
-    return LinearAttention(found, max_tokens)
+    return LinearAttention(found, max_tokens, where)

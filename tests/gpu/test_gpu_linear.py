@@ -18,7 +18,9 @@ from braid_kernels import (
     LinearGeometry,
     LinearLayer,
     LinearMeta,
+    Mamba1,
     Mamba2,
+    ShortConv,
     default_linear_backend,
     signature,
 )
@@ -42,8 +44,8 @@ if importlib.util.find_spec("triton") is None:
 from braid_kernels.triton_kernels import (
     INTERPRETED,
     HostSpans,
+    LaunchedKernel,
     TritonLinearBackend,
-    TritonLinearKernel,
     Tuning,
 )
 
@@ -58,7 +60,7 @@ FP32 = 1e-4
 # some such steps do not cancel.
 BF16 = 2e-2
 
-MECHANISMS = ("gated_delta", "kimi_delta", "lightning", "mamba2")
+MECHANISMS = ("gated_delta", "kimi_delta", "lightning", "mamba2", "mamba1", "short_conv")
 SMALL = {name: g for name, g in small_linear_geometries().items() if g.mechanism in MECHANISMS}
 # The shapes of models that are in use, one layer each.
 LARGE: dict[str, LinearGeometry] = {
@@ -71,6 +73,8 @@ LARGE: dict[str, LinearGeometry] = {
     "minimax": Lightning(16, 96, 1.0, activation="silu"),
     "nemotron_h": Mamba2(64, 64, 128, 8, 4),
     "falcon_h1": Mamba2(24, 64, 256, 1, 4),
+    "jamba": Mamba1(8192, 16, 256, 4),
+    "lfm2": ShortConv(2048, 3),
 }
 FORMS = {"recurrent": Tuning(short_span=10**9), "chunk": Tuning(short_span=0), "auto": Tuning()}
 DTYPES = {
@@ -102,7 +106,7 @@ class Resident:
 
     case: LinearCase
     backend: TritonLinearBackend
-    kernel: TritonLinearKernel
+    kernel: LaunchedKernel
     inputs: dict[str, Tensor]
     meta: LinearMeta
     state: Tensor
@@ -120,8 +124,6 @@ class Resident:
 def resident(case: LinearCase, form: str = "auto") -> Resident:
     backend = TritonLinearBackend(FORMS[form])
     params = {name: tensor.to(DEVICE) for name, tensor in case.params.items()}
-    if case.state_pool is None:
-        raise LayerError("state_pool", None, "is missing")
     state = on_device(case.state_pool)
     conv = None if case.conv_pool is None else on_device(case.conv_pool)
     meta = LinearMeta(
@@ -129,7 +131,8 @@ def resident(case: LinearCase, form: str = "auto") -> Resident:
     )
     rows = (case.meta.num_tokens, *signature(case.geometry).output)
     out = torch.full(rows, float("nan"), dtype=case.dtype, device=DEVICE)
-    kernel = backend.layer(LinearLayer(case.geometry, params, state, conv))
+    given = None if signature(case.geometry).state is None else state
+    kernel = backend.layer(LinearLayer(case.geometry, params, given, conv))
     inputs = {name: on_device(tensor) for name, tensor in case.inputs.items()}
     return Resident(case, backend, kernel, inputs, meta, state, conv, out)
 

@@ -94,20 +94,36 @@ def test_a_trace_is_checked_on_the_device(tmp_path: Path) -> None:
     check(role, cut_of(role))
 
 
-def test_inputs_are_there_when_a_segment_returns(tmp_path: Path) -> None:
-    """A doorbell knows nothing of streams: what another stream sees right afterwards must be complete."""
+def test_inputs_are_there_behind_a_segment_on_its_stream(tmp_path: Path) -> None:
+    """Nobody waits for a segment: what hands a layer over is enqueued behind it, on the same stream."""
     role = role_of("llama", tmp_path, torch.float32)
     buffers = PoisonedDeviceBuffers(role)
     captured = CudaGraphCompiler(largest=LARGEST).compile(cut_of(role), buffers, MAX_TOKENS)
-    ids, other = torch.arange(8), torch.cuda.Stream()
+    ids, other, handed = torch.arange(8), torch.cuda.Stream(), torch.cuda.Event()
     for _ in range(5):
         buffers.poison()
         torch.cuda.synchronize()
         captured.start(ids, ids)
         captured.run(0)
+        handed.record()
         with torch.cuda.stream(other):
+            other.wait_event(handed)
             rows = buffers(0, Kind.FULL).inputs["q"][:8].cpu()
         assert rows.isfinite().all()
+
+
+def test_what_a_graph_gave_outlives_the_replays_of_others(tmp_path: Path) -> None:
+    """The head's graph is replayed behind the last segment's, whose result a draft starts from."""
+    role = role_of("llama", tmp_path, torch.float32)
+    buffers = PoisonedDeviceBuffers(role)
+    captured = CudaGraphCompiler(largest=LARGEST).compile(cut_of(role), buffers, MAX_TOKENS)
+    for seed, tokens in enumerate((2, 9, 16, 2, 16)):
+        step = Step.random(role, tokens, seed)
+        in_segments(role, captured, buffers, step)
+        before = captured.result().clone()
+        captured.logits(torch.arange(tokens))
+        captured.logits(torch.zeros(1, dtype=torch.int64))
+        assert torch.equal(captured.result(), before)
 
 
 def test_a_dispatch_inside_a_capture_is_refused(tmp_path: Path) -> None:

@@ -136,3 +136,16 @@ def test_bad_layers_are_refused_by_name() -> None:
         LinearLayer(GEOMETRY, {}, None, case.conv_pool)
     with pytest.raises(GeometryError, match="conv_width"):
         ShortConv(8, 1)
+
+
+def test_verify_writes_the_state_of_every_prefix(cpp: LinearBackend) -> None:
+    """Fewer tokens than the convolution looks back, as many, and more."""
+    length = 6
+    case = linear_case(ShortConv(5, 4), [Span(length, 0, tuple(range(1, 1 + length)))], slots=8)
+    verify = case.run(cpp)
+    assert verify.conv_pool is not None
+    for n in range(1, length + 1):
+        inputs = select_inputs(case.inputs, 0, n)
+        prefix = dataclasses.replace(case, inputs=inputs, meta=linear_meta([Span.final(n, 0, 7)])).run(cpp)
+        assert prefix.conv_pool is not None
+        assert same_bits(prefix.conv_pool[7], verify.conv_pool[n])

@@ -66,9 +66,11 @@ FP32 = 2e-5
 # (2^-8), which partly cancel in sums.
 BF16 = 1e-2
 
-MECHANISMS = ("gated_delta", "kimi_delta", "lightning", "mamba2")
+MECHANISMS = ("gated_delta", "kimi_delta", "lightning", "mamba2", "mamba1", "short_conv")
 GEOMETRIES = {name: g for name, g in small_linear_geometries().items() if g.mechanism in MECHANISMS}
 ONE_EACH = ("gated_delta_odd", "kimi_delta_bounded", "lightning_silu", "mamba2")
+# Without chunks: a convolution has none, and Mamba-1 runs token by token.
+UNCHUNKED = ("mamba1_odd", "short_conv")
 CHUNK = 64
 # Blocks as wide as they go: the interpreter's time is per program. "narrow" has the blocks of a GPU.
 WIDE = {"conv_tokens": 64, "recurrent_columns": 64, "state_columns": 64, "output_columns": 64}
@@ -117,6 +119,42 @@ def refusal(message: bytes) -> str:
         untouched = same_bits(case.state_pool, before) and bool((out == 7.0).all())
         return f"{type(error).__name__}: {error}" if untouched else "something was written"
     return "nothing was raised"
+
+
+def decode_in_graphs(message: bytes) -> bytes:
+    """Decode steps of one layer with a recorder that replays by computing again from the same memory."""
+    case, steps = pickle.loads(message)
+    from braid_kernels.graphs import Compute, Recorder, Recording
+    from braid_kernels.triton_kernels import TritonLinearBackend
+
+    counts = {"recorded": 0, "replayed": 0}
+
+    class Again(Recorder):
+        def record(self, compute: Compute) -> Recording:
+            counts["recorded"] += 1
+            compute()  # as a graph's warm-up does: a step may be computed more than once
+
+            def replay() -> None:
+                counts["replayed"] += 1
+                compute()
+
+            compute()
+            return Recording(replay, ())
+
+    backend = TritonLinearBackend(recorder=Again())
+    kernel = backend.layer(LinearLayer(case.geometry, case.params, case.state_pool, case.conv_pool))
+    found = []
+    inputs = {name: torch.empty_like(rows) for name, rows in case.inputs.items()}
+    out = torch.empty(case.meta.num_tokens, *signature(case.geometry).output)
+    for given, meta in steps:
+        rows = meta.num_tokens
+        views = {name: buffer[:rows] for name, buffer in inputs.items()}
+        for name, view in views.items():
+            view.copy_(given[name])
+        out.fill_(float("nan"))
+        kernel(views, backend.prepare(meta), out[:rows])
+        found.append(out[:rows].clone())
+    return pickle.dumps((found, case.state_pool, counts))
 
 
 Run = Callable[..., LinearCase]
@@ -178,7 +216,7 @@ def test_bf16_matches_the_reference(
     assert_close(run(case), case.run(reference), BF16)
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
+@pytest.mark.parametrize("name", [*ONE_EACH, *UNCHUNKED])
 def test_recurrent_lengths(run: Run, reference: LinearBackend, name: str) -> None:
     spans = [Span.final(n, slot - 1, slot + 2) for slot, n in enumerate((1, 19, 2))]
     case = linear_case(GEOMETRIES[name], [*spans, Span(0, 0)], slots=5, bias=True)
@@ -379,9 +417,44 @@ def test_the_backend_refuses_what_it_cannot_run() -> None:
     if os.environ.get("TRITON_INTERPRET", "0") == "0":
         with pytest.raises(LayerError, match="CUDA"):
             backend.layer(LinearLayer(case.geometry, case.params, case.state_pool))
-    other = linear_case(Mamba1(4, 4, 2, 4), [Span(1, 0)], slots=2)
-    with pytest.raises(UnsupportedError, match="Mamba1"):
-        backend.layer(LinearLayer(other.geometry, other.params, other.state_pool, other.conv_pool))
+    from braid_kernels.triton_kernels.backend import recipe
+
+    with pytest.raises(UnsupportedError, match="Mamba1"):  # it is no instance of the common recurrence
+        recipe(Mamba1(4, 4, 2, 4))
+
+
+def test_decode_steps_are_recorded_once_and_replayed_on_other_slots(
+    interpreter: ProcessPoolExecutor, reference: LinearBackend
+) -> None:
+    """Slots alternate from step to step, as versions do; a prompt and a verification run as they are."""
+    geometry = GEOMETRIES["gated_delta"]
+    case = linear_case(geometry, [Span.final(1, 0, 2), Span.final(1, 1, 3), Span(1)], slots=6)
+    steps, rng = [], torch.Generator().manual_seed(1)
+    here, there = [0, 1], [2, 3]
+    for number in range(9):
+        spans = [Span.final(1, here[0], there[0]), Span.final(1, here[1], there[1])]
+        if number == 4:
+            spans = [Span(3, here[0], (-1, -1, there[0]))]
+        meta = linear_meta(spans)
+        inputs = {
+            name: torch.randn(meta.num_tokens, *rows.shape[1:], generator=rng)
+            for name, rows in case.inputs.items()
+        }
+        steps.append((inputs, meta))
+        if number != 4:
+            here, there = there, here
+        else:
+            here[0], there[0] = there[0], here[0]
+    message = pickle.dumps((case, steps))
+    found, pool, counts = pickle.loads(interpreter.submit(decode_in_graphs, message).result())
+    layer = reference.layer(LinearLayer(geometry, case.params, case.state_pool, case.conv_pool))
+    for (inputs, meta), ours in zip(steps, found, strict=True):
+        out = torch.empty_like(ours)
+        layer(inputs, meta, out)
+        assert difference(ours, out) < FP32
+    assert difference(pool, case.state_pool) < FP32
+    # Two sets of metadata, for two lanes; every other decode step is a replay.
+    assert counts == {"recorded": 2, "replayed": 6}
 
 
 def test_a_dtype_that_no_kernel_reads_is_refused(interpreter: ProcessPoolExecutor) -> None:

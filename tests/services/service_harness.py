@@ -101,9 +101,10 @@ class Service:
                     stream.close()
 
 
-def start_service(kind: Kind, address: str, *options: str) -> Service:
-    """Start a service and wait until it says that it is ready."""
-    command = [sys.executable, "-m", MODULES[kind], "--address", address, "--metrics-port", "0", *options]
+def start_service(kind: Kind, address: str, *options: str, program: tuple[str, ...] = ()) -> Service:
+    """Start a service, or another program in its place, and wait until it says that it is ready."""
+    ran = program or ("-m", MODULES[kind])
+    command = [sys.executable, *ran, "--address", address, "--metrics-port", "0", *options]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
     )

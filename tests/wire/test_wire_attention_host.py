@@ -13,7 +13,7 @@ from braid.v1 import attention_pb2 as pb
 from braid.v1 import common_pb2
 from braid_wire import convert, errors
 from braid_wire.arena import Allocator, ArenaOwner
-from braid_wire.attention_host import AttentionCore, AttentionHost, LayerRunner, PlannedBatch
+from braid_wire.attention_host import AttentionCore, AttentionHost, CheckedBatch, LayerRunner, PlannedBatch
 from braid_wire.layers import Geometry, Kind, LayerPlan, LayerSpec, Lightning, Role
 from braid_wire.metrics import ProcessMetrics
 from braid_wire.views import ArenaMap, view_of
@@ -59,10 +59,10 @@ class Core(AttentionCore):
         return lambda inputs, planned, out: self.kernel(inputs, planned, out)
 
     def plan(
-        self, plan: LayerPlan, arrays: Mapping[str, torch.Tensor], page_size: int, options: Mapping[str, str]
+        self, plan: LayerPlan, batch: CheckedBatch, page_size: int, options: Mapping[str, str]
     ) -> PlannedBatch:
-        self.planned.append(dict(arrays))
-        return PlannedBatch(pb.PlanSummary(qo_indptr_last=int(arrays["cu_seqlens"][-1])), None)
+        self.planned.append(dict(batch.arrays))
+        return PlannedBatch(pb.PlanSummary(qo_indptr_last=int(batch.arrays["cu_seqlens"][-1])), None)
 
 
 class Bench:

@@ -32,13 +32,15 @@ def raise_in_stream(requests: Iterator[bytes], context: grpc.ServicerContext) ->
 
 
 @pytest.fixture(scope="module")
-def refusals() -> list[str]:
-    """Reasons that the server counted."""
+def refusals() -> list[errors.BraidError]:
+    """Errors that the server counted."""
     return []
 
 
 @pytest.fixture(scope="module")
-def connection(tmp_path_factory: pytest.TempPathFactory, refusals: list[str]) -> Iterator[grpc.Channel]:
+def connection(
+    tmp_path_factory: pytest.TempPathFactory, refusals: list[errors.BraidError]
+) -> Iterator[grpc.Channel]:
     """A channel to a server whose methods raise on demand."""
     server = Server(["test.Raises"], refused=refusals.append)
     handlers = {
@@ -67,7 +69,9 @@ def check(error: Any, reason: str, cls: type[errors.BraidError]) -> None:
 
 
 @pytest.mark.parametrize("reason", TABLE)
-def test_every_error_survives_the_wire(connection: grpc.Channel, refusals: list[str], reason: str) -> None:
+def test_every_error_survives_the_wire(
+    connection: grpc.Channel, refusals: list[errors.BraidError], reason: str
+) -> None:
     refusals.clear()
     with pytest.raises(grpc.RpcError) as caught:
         connection.unary_unary("/test.Raises/Unary")(reason.encode(), timeout=10)
@@ -77,7 +81,7 @@ def test_every_error_survives_the_wire(connection: grpc.Channel, refusals: list[
     with pytest.raises(grpc.RpcError) as caught:
         next(stream)
     check(stream, reason, TABLE[reason])
-    assert refusals == [reason, reason]
+    assert [error.reason for error in refusals] == [reason, reason]
 
 
 def test_a_fault_of_our_own(connection: grpc.Channel) -> None:

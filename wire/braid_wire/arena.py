@@ -1,7 +1,8 @@
 """Arenas: large shared allocations, owned by one process and mapped by others.
 
 On a CPU an arena is a memfd: anonymous memory behind a file descriptor, handed to the peer over a
-Unix socket. It has no name anywhere, so nothing stays behind when every process is killed.
+Unix socket. It has no name anywhere, so nothing stays behind when every process is killed. On a GPU it is
+an allocation of its own, whose IPC handle travels in the message (`cuda_arena`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from braid_wire.errors import ArenaUnknown, PoolExhausted, ViewInvalid
 
 ALIGNMENT = 64
 """Bytes; every allocation inside an arena begins on a cache line."""
+
 
 _REQUEST = struct.Struct("<I")
 _FOUND, _MISSING = b"\x01", b"\x00"
@@ -146,7 +148,7 @@ class ArenaOwner:
     def __init__(self, socket_path: Path) -> None:
         self.socket_path = socket_path
         self._ids = itertools.count(1)
-        self._arenas: dict[int, HostArena] = {}
+        self._arenas: dict[int, Arena] = {}
         self._once: set[int] = set()
         self._lock = threading.Lock()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -157,12 +159,34 @@ class ArenaOwner:
         self._thread.start()
 
     def create(self, size_bytes: int, label: str, once: bool = False) -> HostArena:
-        """Allocate an arena; with `once`, this process forgets it as soon as a peer has it."""
+        """Allocate host memory; with `once`, this process forgets it as soon as a peer has it.
+
+        Raises:
+            PoolExhausted: there is not that much memory.
+        """
         with self._lock:
             arena = HostArena.create(next(self._ids), size_bytes, label)
             self._arenas[arena.arena_id] = arena
             if once:
                 self._once.add(arena.arena_id)
+        return arena
+
+    def create_on(self, device: torch.device, size_bytes: int, label: str) -> Arena:
+        """Allocate memory of a device, or of the host where that is the device.
+
+        Raises:
+            PoolExhausted: there is not that much memory.
+            ArenaUnknown: there is no such device.
+            ServiceFault: there is no CUDA driver.
+        """
+        if device.type == "cpu":
+            return self.create(size_bytes, label)
+        # Imported here: a CPU cell needs none of it.
+        from braid_wire.cuda_arena import CudaArena, context_of
+
+        with self._lock:
+            arena = CudaArena.create(next(self._ids), size_bytes, label, context_of(device.index or 0))
+            self._arenas[arena.arena_id] = arena
         return arena
 
     def release(self, arena: Arena) -> None:
@@ -211,7 +235,7 @@ class ArenaOwner:
         (arena_id,) = _REQUEST.unpack(request)
         with self._lock:
             arena = self._arenas.get(arena_id)
-            if arena is None:
+            if not isinstance(arena, HostArena):
                 connection.send(_MISSING)
                 return
             socket.send_fds(connection, [_FOUND], [arena.fd])
@@ -228,10 +252,14 @@ def map_arena(described: common_pb2.Arena) -> Arena:
         ViewInvalid: the memory is smaller than announced.
     """
     which = described.WhichOneof("handle")
+    if which == "cuda_ipc_handle" and described.device.startswith("cuda"):
+        from braid_wire.cuda_arena import map_cuda
+
+        return map_cuda(described)
     if which != "handover_socket" or described.device != "cpu":
         raise ArenaUnknown(
-            f"arena {described.arena_id} ({described.label}) on {described.device!r} has handle {which}; "
-            "this process maps only CPU arenas handed over by a socket",
+            f"arena {described.arena_id} ({described.label}) on {described.device!r} has handle {which}; a "
+            "CPU arena is handed over by a socket, a CUDA one by an IPC handle",
             arena_id=described.arena_id,
             device=described.device,
         )

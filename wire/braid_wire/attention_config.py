@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from braid.v1 import attention_pb2, common_pb2
 
 from braid_wire import convert, dtypes
 from braid_wire.attention_core import AttentionCore, LayerRunner
+from braid_wire.audit import Sampler
 from braid_wire.batch import IntArray, Pools
 from braid_wire.batch_check import BatchCheck
 from braid_wire.errors import ConfigInvalid, LayerPlanDisputed, ServiceFault, ViewInvalid
@@ -30,7 +32,7 @@ from braid_wire.layers import (
     Shape,
     digest,
 )
-from braid_wire.metrics import LayerMetrics, ProcessMetrics
+from braid_wire.metrics import ProcessMetrics
 from braid_wire.views import ArenaMap, rows_are_dense
 
 Storage = dict[tuple[Role, int], attention_pb2.LayerStorage]
@@ -43,7 +45,9 @@ class ReadyLayer:
     spec: LayerSpec
     geometry: Geometry
     run: LayerRunner
-    metrics: LayerMetrics
+    sampler: Sampler
+    row: int
+    """In the process's table of layers."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,6 @@ class RoleLayers:
     """None where the role has no layer of this service's kind."""
     check: BatchCheck | None
     """Of batches, against the pools."""
-    layouts: dict[bytes, tuple[tuple[str, torch.Tensor], ...]] = field(default_factory=dict)
-    """Batch message without numbers → where its arrays lie; a memo of what was checked."""
 
     def layer(self, layer_id: int) -> ReadyLayer:
         """The layer with this id.
@@ -115,7 +117,7 @@ def resolve(
         core: the kernels.
         request: its arenas are in `arenas` already.
         arenas: where its views are looked up.
-        metrics: where each layer's counters come from.
+        metrics: whose table of layers counts them.
 
     Raises:
         ConfigInvalid, LayerPlanDisputed, LayerUnknown, LayerMisrouted, ViewInvalid, ArenaUnknown: as
@@ -234,6 +236,8 @@ def _generation(arenas: ArenaMap, view: common_pb2.TensorView, name: str) -> Int
             f"{name} is {dtypes.name_of(tensor.dtype)} {list(tensor.shape)}; it must be int64 [n], n > 0",
             field=name,
         )
+    if tensor.device.type != "cpu":
+        raise ViewInvalid(f"{name} lies on {tensor.device}; it must lie in host memory", field=name)
     table: IntArray = tensor.numpy()
     return table
 
@@ -262,7 +266,9 @@ class _Builder:
             if refusal is None:
                 raise
             raise type(refusal)(f"{name}: {refusal.message}", layer_id=spec.layer_id) from error
-        return ReadyLayer(spec, geometry, run, self.metrics.layer(role, spec, self.core.kind))
+        sampler = partial(self.core.sample, geometry, params, memory)
+        row = self.metrics.layers.row(role, spec, self.core.kind)
+        return ReadyLayer(spec, geometry, run, sampler, row)
 
     def _params(self, name: str, geometry: Geometry, views: Any) -> dict[str, torch.Tensor]:
         shapes = geometry.params()

@@ -13,8 +13,30 @@ from dataclasses import dataclass
 import torch
 from braid.v1 import attention_pb2
 
+from braid_wire.audit import Sample
+from braid_wire.devices import CPU
 from braid_wire.errors import BraidError
 from braid_wire.layers import Geometry, Kind, LayerPlan, LayerSpec
+
+
+@dataclass(slots=True)
+class CheckedBatch:
+    """A batch that obeys the rules of the contract.
+
+    Args:
+        arrays: its metadata, private copies with dtypes of `SHARED_DTYPES`; page fields for a full core,
+            state fields for a linear one.
+        num_tokens: T.
+        mode: of all sequences, or "mixed".
+        keys: contexts and tokens of all sequences.
+        like: what the core planned before of the very same arrays, which had other values then.
+    """
+
+    arrays: Mapping[str, torch.Tensor]
+    num_tokens: int
+    mode: str
+    keys: int
+    like: PlannedBatch | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +65,9 @@ class AttentionCore(ABC):
     refusals: Mapping[type[Exception], type[BraidError]] = {}
     """Errors by which the kernels refuse a caller's values, and what each is in the error table.
     Any other exception is a fault of the service."""
+
+    device: torch.device = CPU
+    """Where pages, states, activations and parameters lie; metadata is always in host memory."""
 
     @abstractmethod
     def describe(self) -> attention_pb2.DescribeResponse:
@@ -76,17 +101,33 @@ class AttentionCore(ABC):
 
     @abstractmethod
     def plan(
-        self, plan: LayerPlan, arrays: Mapping[str, torch.Tensor], page_size: int, options: Mapping[str, str]
+        self, plan: LayerPlan, batch: CheckedBatch, page_size: int, options: Mapping[str, str]
     ) -> PlannedBatch:
         """Plan a checked batch.
 
         Args:
             plan: of the role whose layers will run, those of the other kind included.
-            arrays: the batch's metadata, private copies with dtypes of `SHARED_DTYPES`; page fields
-                for a full core, state fields for a linear one.
+            batch: what to plan.
             page_size: positions in a page; 0 for a linear core.
             options: by name; unknown ones are named in the summary's `ignored_options`.
         """
+
+    def sample(
+        self,
+        geometry: Geometry,
+        params: Mapping[str, torch.Tensor],
+        memory: Mapping[str, torch.Tensor],
+        inputs: Mapping[str, torch.Tensor],
+        payload: object,
+    ) -> Sample | None:
+        """Copies for an audit of a layer that is about to run; None where it is too large, or never audited.
+
+        Args:
+            geometry, params, memory: as of `runner`.
+            inputs: name → [T, …].
+            payload: of the planned batch.
+        """
+        return None
 
     def refusal(self, error: Exception) -> BraidError | None:
         """The typed error behind a refusal of the kernels; None for any other exception."""

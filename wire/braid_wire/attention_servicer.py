@@ -16,6 +16,8 @@ from braid.v1 import attention_pb2, attention_pb2_grpc
 
 from braid_wire.attention_core import AttentionCore
 from braid_wire.attention_host import AttentionHost, Walk
+from braid_wire.audit import Auditor
+from braid_wire.cuda_doorbell import streams_for
 from braid_wire.errors import BraidError, Draining, ServiceFault, ServiceLost
 from braid_wire.metrics import ProcessMetrics, versions
 from braid_wire.process import (
@@ -158,6 +160,7 @@ def serve(
     Once it serves it prints one line on stdout: JSON with service, address, metrics_port and pid.
     """
     stop = threading.Event()
+    host.on_fault = stop.set
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     running = RunningService(host, address, metrics_port, metrics_host, tls)
@@ -171,7 +174,9 @@ def serve(
     log.info("serving %s, metrics on port %d", running.address, running.metrics_port)
     stop.wait()
     log.info("stopping")
-    running.stop(grace_seconds)
+    running.stop(0.0 if host.faulted else grace_seconds)
+    if host.faulted:
+        raise ServiceFault("the device has failed")
 
 
 def run_service(name: str, options: ServiceOptions, load: Callable[[], AttentionCore]) -> NoReturn:
@@ -191,7 +196,10 @@ def run_service(name: str, options: ServiceOptions, load: Callable[[], Attention
             die_with_parent(options.parent)
         tls = options.tls
         metrics = ProcessMetrics(name, versions(("braid-attention",))["braid-attention"])
-        host = AttentionHost(load(), metrics)
+        auditor = Auditor(metrics, options.audit_seconds) if options.audit_seconds else None
+        core = load()
+        streams = streams_for(core.device, own=True)
+        host = AttentionHost(core, metrics, auditor=auditor, streams=streams)
         serve(host, options.address, options.metrics_port, options.metrics_host, tls, options.grace_seconds)
     except ServiceFault as error:
         log.error("%s", error.message)

@@ -151,12 +151,13 @@ class Batch:
         return Batch(**halves[0]), Batch(**halves[1])  # type: ignore[arg-type]
 
 
+_LABELS = {code: mode.value for mode, code in MODE_CODES.items()}
+
+
 def mode_label(modes: IntArray) -> str:
     """The one mode of all spans ("extend", "decode", "verify"), or "mixed"."""
-    first = int(modes[0])
-    if (modes != first).any():
-        return "mixed"
-    return next(mode.value for mode, code in MODE_CODES.items() if code == first)
+    found = set(modes.tolist())
+    return _LABELS[found.pop()] if len(found) == 1 else "mixed"
 
 
 def cut_field(name: str, value: object, cut: Mapping[Axis, int]) -> tuple[object, object]:

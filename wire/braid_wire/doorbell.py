@@ -31,7 +31,7 @@ FAILED = 1 << 63
 _SLICE_NS = 20_000_000
 # Longer than the body's work between two layers, so that a waiter whose core nobody else wants does
 # not go to sleep in the middle of a step.
-_SPIN_NS = 400_000
+_SPIN_NS = 800_000
 _RUNG, _TIMEOUT, _GIVEN_UP = 0, 1, 3
 
 
@@ -90,6 +90,8 @@ class Doorbell:
             raise ServiceFault("this process has no doorbells")
         if memory.dtype is not torch.uint8 or memory.shape != (BELL_BYTES,) or not memory.is_contiguous():
             raise ViewInvalid(f"a bell is uint8 [{BELL_BYTES}], not {memory.dtype} {list(memory.shape)}")
+        if memory.device.type != "cpu":
+            raise ViewInvalid(f"a bell lies in host memory, not on {memory.device}")
         if memory.data_ptr() % BELL_BYTES:
             raise ViewInvalid(f"a bell begins at a multiple of {BELL_BYTES} bytes")
         self._memory = memory

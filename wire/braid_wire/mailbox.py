@@ -34,8 +34,8 @@ class Mailbox:
     def __init__(self, memory: torch.Tensor) -> None:
         if memory.dtype is not torch.uint8 or memory.dim() != 1 or len(memory) <= BELL_BYTES + _NUMBER.size:
             raise ViewInvalid(f"a mailbox is uint8 [n], not {memory.dtype} {list(memory.shape)}")
-        if not memory.is_contiguous():
-            raise ViewInvalid("a mailbox is contiguous")
+        if not memory.is_contiguous() or memory.device.type != "cpu":
+            raise ViewInvalid("a mailbox is contiguous and lies in host memory")
         self._bell = Doorbell(memory[:BELL_BYTES])
         self._room = memory.numpy().data[BELL_BYTES:]
         self._letters = 0

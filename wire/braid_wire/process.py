@@ -37,12 +37,14 @@ class ServiceOptions:
     metrics_port: int
     metrics_host: str
     backend: str
+    device: str
     threads: int
     parent: int | None
     tls_cert: Path | None
     tls_key: Path | None
     max_tokens: int
     grace_seconds: float
+    audit_seconds: float
     log_level: str
 
     @property
@@ -85,6 +87,12 @@ def service_options(metrics_port: int) -> Callable[[Callable[[ServiceOptions], R
             help="Which kernels run: a backend's name, or auto for the fastest that loads.",
         ),
         click.option(
+            "--device",
+            default="cpu",
+            show_default=True,
+            help="Where the kernels run: cpu, cuda or cuda:N.",
+        ),
+        click.option(
             "--threads",
             type=click.IntRange(min=0),
             default=0,
@@ -106,6 +114,14 @@ def service_options(metrics_port: int) -> Callable[[Callable[[ServiceOptions], R
             default=10.0,
             show_default=True,
             help="Longest time that running calls get to finish after SIGTERM.",
+        ),
+        click.option(
+            "--audit-seconds",
+            type=click.FloatRange(min=0),
+            envvar="BRAID_AUDIT_SECONDS",
+            default=0.0,
+            show_default=True,
+            help="Compare a layer with the float64 reference every so often, each in turn; 0: never.",
         ),
         log_level_option(),
     ]

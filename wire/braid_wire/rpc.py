@@ -41,7 +41,7 @@ OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.so_reuseport", 0),
 )
 
-RefusalHook = Callable[[str], None]
+RefusalHook = Callable[[BraidError], None]
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class _Manners(grpc.ServerInterceptor):
         return call
 
     def _abort(self, context: grpc.ServicerContext, error: BraidError) -> NoReturn:
-        self._refused(error.reason)
+        self._refused(error)
         context.abort_with_status(rpc_status.to_status(to_status(error)))
         raise AssertionError("abort_with_status returns never")
 
@@ -144,13 +144,13 @@ class Server:
     Args:
         service_names: full names of the services, for health and reflection.
         workers: threads that run handlers.
-        refused: called with the reason of every refused request (for `braid_refused_total`).
+        refused: called with the error of every refused request (for `braid_refused_total`).
 
     Register servicers on `.grpc`, then `listen`, then `start`.
     """
 
     def __init__(
-        self, service_names: Iterable[str], workers: int = 16, refused: RefusalHook = lambda reason: None
+        self, service_names: Iterable[str], workers: int = 16, refused: RefusalHook = lambda error: None
     ) -> None:
         self._names = tuple(service_names)
         self.grpc = grpc.server(

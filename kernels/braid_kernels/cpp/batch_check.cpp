@@ -5,12 +5,14 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 namespace {
 
 // Modes of `MODE_CODES`.
 constexpr uint8_t kDecode = 1, kLastMode = 2;
+constexpr int64_t kMixed = -1;
 
 template <class T> bool distinct(std::vector<T>& values) {
     std::sort(values.begin(), values.end());
@@ -38,6 +40,9 @@ struct BraidBatch {
     const int64_t* state_out_generations;
     int64_t slots;
     const int64_t* slot_generation; // [slots]
+    // Out, where every rule holds.
+    int64_t keys; // contexts and tokens
+    int64_t mode; // of all sequences, kMixed where they differ
 };
 
 static bool spans_hold(const BraidBatch& b) {
@@ -90,10 +95,31 @@ static bool states_hold(const BraidBatch& b) {
     });
 }
 
+struct BraidCopy {
+    void* to;
+    const void* from;
+    int64_t bytes;
+};
+
+// Copy arrays that lie apart.
+void braid_copy_arrays(const BraidCopy* copies, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) std::memcpy(copies[i].to, copies[i].from, size_t(copies[i].bytes));
+}
+
 // Whether every rule holds.
-int32_t braid_batch_holds(const BraidBatch* batch) {
-    return spans_hold(*batch) && (batch->page_table == nullptr || pages_hold(*batch)) &&
-           (batch->state_in == nullptr || states_hold(*batch));
+int32_t braid_batch_holds(BraidBatch* batch) {
+    const BraidBatch& b = *batch;
+    if (!spans_hold(b) || (b.page_table != nullptr && !pages_hold(b)) ||
+        (b.state_in != nullptr && !states_hold(b))) {
+        return 0;
+    }
+    batch->keys = b.tokens;
+    batch->mode = b.modes[0];
+    for (int64_t i = 0; i < b.sequences; ++i) {
+        batch->keys += b.context_lens[i];
+        if (b.modes[i] != b.modes[0]) batch->mode = kMixed;
+    }
+    return 1;
 }
 
 } // extern "C"

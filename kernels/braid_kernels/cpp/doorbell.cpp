@@ -16,6 +16,7 @@
 
 #include <linux/futex.h>
 #include <sched.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -51,17 +52,32 @@ void relax() {
 #endif
 }
 
-// A yield that took this long gave the core to somebody: it is wanted elsewhere.
-constexpr int64_t kContendedNs = 30000;
-// A yield on a busy core costs a whole time slice, where a sleeper is woken at once. So once that has
-// happened, this many waits of the process sleep without spinning before one tries again.
-constexpr int kAvoidedWaits = 64;
-std::atomic<int> avoided{0};
+// A yield that took this long, and in which the core was switched to another thread, shows that somebody
+// computes on this core. Without a switch it was an interrupt, or the host of a virtual machine; in less
+// time it was a process of the same cell that planned, or woke up.
+constexpr int64_t kContendedNs = 250000;
+// A yield on a busy core costs a whole time slice, where a sleeper is woken at once. So when that happens
+// again and again, some waits of the process sleep without spinning before one tries again: twice as many
+// each time that the core is still busy then.
+constexpr int kMostAvoided = 64;
+std::atomic<int> avoided{0}, avoid_next{0};
 // Polls between two looks at the clock.
 constexpr int kPolls = 64;
 
 // How long a waiter looks for a ring that nobody has announced: an announcement may be on its way.
 constexpr int64_t kUnannouncedNs = 20000;
+
+// Times that this thread had to leave its core to another.
+long switches() {
+    rusage usage;
+    return getrusage(RUSAGE_THREAD, &usage) == 0 ? usage.ru_nivcsw : 0;
+}
+
+void avoid_spinning() {
+    const int next = avoid_next.load(std::memory_order_relaxed);
+    avoided.store(next, std::memory_order_relaxed);
+    avoid_next.store(next == 0 ? 1 : next < kMostAvoided ? 2 * next : next, std::memory_order_relaxed);
+}
 
 bool rung(const Bell& bell, uint64_t target) {
     return bell.value.load(std::memory_order_acquire) >= target;
@@ -87,9 +103,13 @@ void wake(Bell& bell) {
 bool spin(const Bell& bell, uint64_t target, int64_t spin_ns, bool expected) {
     int64_t began = now_ns(), last = began;
     int64_t budget = expected || spin_ns < kUnannouncedNs ? spin_ns : kUnannouncedNs;
+    const long switched = switches();
     while (true) {
         for (int i = 0; i < kPolls; ++i) {
-            if (rung(bell, target)) return true;
+            if (rung(bell, target)) {
+                avoid_next.store(0, std::memory_order_relaxed);
+                return true;
+            }
             relax();
         }
         sched_yield();
@@ -99,8 +119,8 @@ bool spin(const Bell& bell, uint64_t target, int64_t spin_ns, bool expected) {
             began = now;
             budget = spin_ns;
         }
-        if (now - last >= kContendedNs) {
-            avoided.store(kAvoidedWaits, std::memory_order_relaxed);
+        if (now - last >= kContendedNs && switches() != switched) {
+            avoid_spinning();
             return rung(bell, target);
         }
         if (now - began >= budget) return rung(bell, target);

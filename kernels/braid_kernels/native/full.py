@@ -26,11 +26,11 @@ from braid_kernels.metadata import PagedMeta
 from braid_kernels.native.library import (
     DTYPE_CODES,
     check_descriptor,
-    dtype_code,
     failure,
     library,
     num_threads,
 )
+from braid_kernels.native.tensors import Calls, rows_of
 from braid_kernels.planning import (
     PREFIX_CHUNK_TOKENS,
     check_plan,
@@ -96,6 +96,7 @@ class CppFullKernel(FullKernel):
         self._names = tuple(sig.inputs)
         self._output = sig.output
         self._keep: list[Tensor] = []
+        self._calls = Calls()
         self._desc = self._describe(layer)
         self._desc_address = ctypes.addressof(self._desc)
 
@@ -143,38 +144,36 @@ class CppFullKernel(FullKernel):
     ) -> None:
         rows = meta.num_tokens
         check_plan(plan, meta, Planning.OPTIONAL)
-        check_inputs(inputs, rows, self._inputs)
-        check_rows("out", out, rows, self._output)
-        args: list[int | None] = []
-        for name in self._names:
-            tensor = inputs[name]
-            args += (tensor.data_ptr(), tensor.stride(0), dtype_code(name, tensor))
-        if len(self._names) == 3:
-            args += (None, 0, 0)
-        table = meta.page_table
-        planned = _arguments(plan, meta)
-        status = self._run(
-            self._desc_address,
-            *args,
-            meta.cu_seqlens.data_ptr(),
-            meta.context_lens.data_ptr(),
-            table.data_ptr(),
-            meta.num_sequences,
-            table.shape[1],
-            rows,
-            out.data_ptr(),
-            out.stride(0),
-            dtype_code("out", out),
-            *planned,
-        )
+        tensors = (out, meta.cu_seqlens, meta.context_lens, meta.page_table, *map(inputs.get, self._names))
+        args = self._calls.find(rows, *tensors)
+        if args is None or len(inputs) != len(self._names):
+            args = self._calls.keep(self._arguments(inputs, meta, out), rows, *tensors)
+        status = self._run(*args, *_plan_arguments(plan, meta))
         if status:
             raise failure(
                 status,
-                {"cu_seqlens": meta.cu_seqlens, "context_lens": meta.context_lens, "page_table": table},
+                {
+                    "cu_seqlens": meta.cu_seqlens,
+                    "context_lens": meta.context_lens,
+                    "page_table": meta.page_table,
+                },
             )
 
+    def _arguments(self, inputs: Mapping[str, Tensor], meta: PagedMeta, out: Tensor) -> list[int | None]:
+        """The call but for its plan, as the library takes it."""
+        rows, table = meta.num_tokens, meta.page_table
+        check_inputs(inputs, rows, self._inputs)
+        check_rows("out", out, rows, self._output)
+        args: list[int | None] = [self._desc_address]
+        for name in self._names:
+            args += rows_of(name, inputs[name])
+        if len(self._names) == 3:
+            args += (None, 0, 0)
+        args += (meta.cu_seqlens.data_ptr(), meta.context_lens.data_ptr(), table.data_ptr())
+        return [*args, meta.num_sequences, table.shape[1], rows, *rows_of("out", out)]
 
-def _arguments(plan: FullPlan | None, meta: PagedMeta) -> tuple[int | None, int | None, int, int | None]:
+
+def _plan_arguments(plan: FullPlan | None, meta: PagedMeta) -> tuple[int | None, int | None, int, int | None]:
     """The plan as the library takes it. Raises PlanError for one that is not of this backend and batch."""
     if plan is None or plan.payload is None:
         return None, None, 0, None

@@ -20,7 +20,7 @@ from braid_kernels.geometry import GatedDelta, KimiDelta, Lightning, Mamba1, Mam
 from braid_kernels.metadata import LinearMeta
 from braid_kernels.native.library import DTYPE_CODES, check_descriptor, failure, library
 from braid_kernels.native.mamba1 import CppMamba1Kernel, CppShortConvKernel
-from braid_kernels.native.tensors import Kept, on_cpu, rows_of
+from braid_kernels.native.tensors import Calls, Kept, on_cpu, rows_of
 
 # enum Decay and enum Beta in cpp/linear.cpp
 CONSTANT, SOFTPLUS_HEAD, SOFTPLUS_CHANNEL, BOUNDED_CHANNEL, TIME_STEP = range(5)
@@ -91,6 +91,7 @@ class CppLinearKernel(LinearKernel):
         self._names = tuple(sig.inputs)
         self._output = sig.output
         self._kept = Kept()
+        self._calls = Calls()
         self._desc = self._describe(layer)
         self._desc_address = ctypes.addressof(self._desc)
 
@@ -128,28 +129,29 @@ class CppLinearKernel(LinearKernel):
 
     def __call__(self, inputs: Mapping[str, Tensor], meta: LinearMeta, out: Tensor) -> None:
         rows = meta.num_tokens
-        check_inputs(inputs, rows, self._inputs)
-        check_rows("out", out, rows, self._output)
-        args: list[int | None] = []
-        for name in self._names:
-            args += rows_of(name, inputs[name])
-        if len(self._names) == 2:
-            args += (None, 0, 0)
-        status = self._run(
-            self._desc_address,
-            *args,
-            meta.cu_seqlens.data_ptr(),
-            meta.num_sequences,
-            meta.state_in.data_ptr(),
-            meta.state_out.data_ptr(),
-            rows,
-            *rows_of("out", out),
-        )
+        tensors = (out, meta.cu_seqlens, meta.state_in, meta.state_out, *map(inputs.get, self._names))
+        args = self._calls.find(rows, *tensors)
+        if args is None or len(inputs) != len(self._names):
+            args = self._calls.keep(self._arguments(inputs, meta, out), rows, *tensors)
+        status = self._run(*args)
         if status:
             raise failure(
                 status,
                 {"cu_seqlens": meta.cu_seqlens, "state_in": meta.state_in, "state_out": meta.state_out},
             )
+
+    def _arguments(self, inputs: Mapping[str, Tensor], meta: LinearMeta, out: Tensor) -> list[int | None]:
+        """The call, as the library takes it."""
+        rows = meta.num_tokens
+        check_inputs(inputs, rows, self._inputs)
+        check_rows("out", out, rows, self._output)
+        args: list[int | None] = [self._desc_address]
+        for name in self._names:
+            args += rows_of(name, inputs[name])
+        if len(self._names) == 2:
+            args += (None, 0, 0)
+        args += (meta.cu_seqlens.data_ptr(), meta.num_sequences, meta.state_in.data_ptr())
+        return [*args, meta.state_out.data_ptr(), rows, *rows_of("out", out)]
 
 
 class CppLinearBackend(LinearBackend):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from braid_kernels.errors import LayerError
 from braid_kernels.native.library import DTYPE_CODES, dtype_code
 
 MAX_LANES = 16
+# Of one layer; what they keep alive is small beside the layer.
+_MOST_CALLS = 64
 
 
 class ConvDesc(ctypes.Structure):
@@ -60,6 +63,35 @@ class Kept:
         d.weight = self.floats(weight.T)  # [K, C]: channels in the lanes
         d.bias = self.floats(layer.params.get("conv_bias"))
         return d
+
+
+Arguments = tuple[int | None, ...]
+
+
+class Calls:
+    """Arguments of calls with the very same tensors, which are checked and taken apart once.
+
+    Steps of one size bring the same ones again and again. The tensors are kept alive, so that another one
+    is never taken for one of them.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, ...], tuple[tuple[object, ...], Arguments]] = {}
+
+    def find(self, rows: int, *tensors: Tensor | None) -> Arguments | None:
+        """The arguments of a call with these tensors and so many rows, if there was one."""
+        known = self._known.get((rows, *map(id, tensors)))
+        return None if known is None else known[1]
+
+    def keep(
+        self, arguments: Sequence[int | None], rows: int, *tensors: Tensor | None
+    ) -> tuple[int | None, ...]:
+        """Remember the arguments of a call, and give them back."""
+        if len(self._known) >= _MOST_CALLS:
+            self._known.clear()
+        kept = tuple(arguments)
+        self._known[(rows, *map(id, tensors))] = tensors, kept
+        return kept
 
 
 def on_cpu(name: str, tensor: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,8 @@ from braid_kernels.backend import (
 )
 from braid_kernels.checks import check_inputs, check_rows
 from braid_kernels.errors import InputError, LayerError, UnsupportedError
-from braid_kernels.geometry import GatedDelta, KimiDelta, Lightning, Mamba2, signature
+from braid_kernels.geometry import GatedDelta, KimiDelta, Lightning, Mamba1, Mamba2, ShortConv, signature
+from braid_kernels.graphs import Recorder
 from braid_kernels.metadata import LinearMeta
 from braid_kernels.triton_kernels import gates
 from braid_kernels.triton_kernels.chunk import (
@@ -35,9 +37,11 @@ from braid_kernels.triton_kernels.chunk import (
 )
 from braid_kernels.triton_kernels.conv import conv_kernel
 from braid_kernels.triton_kernels.gates import INTERPRETED
+from braid_kernels.triton_kernels.graphs import DecodeSteps, GraphedKernel, host_spans
 from braid_kernels.triton_kernels.launch import Launch
 from braid_kernels.triton_kernels.plan import HostSpans, LinearPlan, plan_step
 from braid_kernels.triton_kernels.recurrent import recurrent_kernel
+from braid_kernels.triton_kernels.scan import selective_scan_kernel
 from braid_kernels.triton_kernels.tuning import MIN_BLOCK, SUB_BLOCK, Tuning, power_of_two
 
 DTYPES = frozenset({torch.float32, torch.bfloat16})
@@ -198,6 +202,56 @@ def recipe(geometry: object) -> Recipe:
             raise UnsupportedError("geometry", geometry, "is no mechanism of the Triton backend")
 
 
+def conv_launch(
+    layer: LinearLayer,
+    weight: Tensor,
+    bias: Tensor,
+    groups: Groups,
+    x: Tensor,
+    work: Tensor,
+    plan: LinearPlan,
+    tuning: Tuning,
+    activation: bool = True,
+) -> Launch:
+    """The convolution of a layer: x [T, C] to work [T, C].
+
+    weight [C, K] and bias [C] in fp32, contiguous; the layer has a bias or `bias` is not read.
+    """
+    pool, block = layer.conv, tuning.conv_tokens
+    return Launch(
+        conv_kernel,
+        (-(-plan.num_tokens // block), groups.first + groups.second),
+        {
+            "x": x,
+            "weight": weight,
+            "bias": bias,
+            "pool": pool,
+            "work": work,
+            "token_span": plan.token_span,
+            "cu_seqlens": plan.cu_seqlens,
+            "state_in": plan.state_in,
+            "state_out": plan.state_out,
+            "num_tokens": plan.num_tokens,
+            "x_row": x.stride(0),
+            "work_row": work.stride(0),
+            "pool_slot": pool.stride(0),
+        },
+        {
+            "FIRST": groups.first,
+            "FIRST_WIDTH": groups.first_width,
+            "WIDTH": groups.width,
+            "NORM": groups.norm,
+            "SILU": activation,
+            "BIAS": "conv_bias" in layer.params,
+            "TAPS": pool.shape[2] + 1,
+            "BLOCK_T": block,
+            "BLOCK_C": power_of_two(max(groups.first_width if groups.first else 1, groups.width)),
+        },
+        warps=tuning.conv_warps,
+        unspecialised=frozenset({"num_tokens"}),
+    )
+
+
 class PlanCache:
     """The plan of each LinearMeta, kept as long as the LinearMeta lives.
 
@@ -219,25 +273,24 @@ class PlanCache:
             return plan
 
 
-class TritonLinearKernel(LinearKernel):
-    """One linear layer: its parameters in fp32, and the launches of each step."""
+class LaunchedKernel(LinearKernel):
+    """One linear layer as a sequence of launches.
 
-    def __init__(self, layer: LinearLayer, tuning: Tuning, plans: PlanCache) -> None:
+    Args:
+        layer: its parameters and pools.
+        tuning: of the launches.
+        plans: of the steps.
+        pool: of the two, the one that tells the device and the number of slots.
+    """
+
+    def __init__(self, layer: LinearLayer, tuning: Tuning, plans: PlanCache, pool: Tensor) -> None:
         self._layer = layer
-        self._recipe = recipe(layer.geometry)
         self._signature = signature(layer.geometry)
         self._tuning = tuning
         self._plans = plans
-        self._pool = layer.state
-        self._device = self._pool.device
-        params = layer.params
-        self._rate = self._floats(
-            params["log_decay"] if "log_decay" in params else params["A_log"].double().exp()
-        )
-        self._dt_bias = self._floats(params.get("dt_bias"))
-        self._skip = self._floats(params.get("D"))
-        self._conv_weight = self._floats(params.get("conv_weight"))
-        self._conv_bias = self._floats(params.get("conv_bias"))
+        self._device = pool.device
+        self._conv_weight = self._floats(layer.params.get("conv_weight"))
+        self._conv_bias = self._floats(layer.params.get("conv_bias"))
 
     def _floats(self, tensor: Tensor | None) -> Tensor:
         """A contiguous fp32 copy; for an absent parameter one zero, which no kernel reads."""
@@ -262,12 +315,35 @@ class TritonLinearKernel(LinearKernel):
             if tensor.device != self._device:
                 raise InputError(name, tensor.device, f"must be on {self._device}, where the pools are")
         plan = self._plans.get(meta, self._device)
-        plan.check_pool(self._pool.shape[0])
-        return self._steps(inputs, plan, out)
+        plan.check_pool(self._layer.num_slots)
+        return self._steps(inputs, plan, out) if plan.num_tokens else iter(())
+
+    @abstractmethod
+    def _steps(self, inputs: Mapping[str, Tensor], plan: LinearPlan, out: Tensor) -> Iterator[Launch]:
+        """The launches of a step with rows, whose inputs have been checked."""
+
+    def _conv(
+        self, groups: Groups, x: Tensor, work: Tensor, plan: LinearPlan, activation: bool = True
+    ) -> Launch:
+        weight, bias = self._conv_weight, self._conv_bias
+        return conv_launch(self._layer, weight, bias, groups, x, work, plan, self._tuning, activation)
+
+
+class TritonLinearKernel(LaunchedKernel):
+    """One layer of the common recurrence: its parameters in fp32, and the launches of each step."""
+
+    def __init__(self, layer: LinearLayer, tuning: Tuning, plans: PlanCache) -> None:
+        super().__init__(layer, tuning, plans, layer.state)
+        self._recipe = recipe(layer.geometry)
+        self._pool = layer.state
+        params = layer.params
+        self._rate = self._floats(
+            params["log_decay"] if "log_decay" in params else params["A_log"].double().exp()
+        )
+        self._dt_bias = self._floats(params.get("dt_bias"))
+        self._skip = self._floats(params.get("D"))
 
     def _steps(self, inputs: Mapping[str, Tensor], plan: LinearPlan, out: Tensor) -> Iterator[Launch]:
-        if plan.num_tokens == 0:
-            return
         if self._recipe.groups is not None:
             mixed = inputs[self._recipe.mixed]
             work = torch.empty(mixed.shape, dtype=mixed.dtype, device=mixed.device)
@@ -277,40 +353,6 @@ class TritonLinearKernel(LinearKernel):
             yield self._recurrent(inputs, plan, out)
         if plan.num_chunks:
             yield from self._chunked(inputs, plan, out)
-
-    def _conv(self, groups: Groups, x: Tensor, work: Tensor, plan: LinearPlan) -> Launch:
-        pool, block = self._layer.conv, self._tuning.conv_tokens
-        return Launch(
-            conv_kernel,
-            (-(-plan.num_tokens // block), groups.first + groups.second),
-            {
-                "x": x,
-                "weight": self._conv_weight,
-                "bias": self._conv_bias,
-                "pool": pool,
-                "work": work,
-                "token_span": plan.token_span,
-                "cu_seqlens": plan.cu_seqlens,
-                "state_in": plan.state_in,
-                "state_out": plan.state_out,
-                "num_tokens": plan.num_tokens,
-                "x_row": x.stride(0),
-                "work_row": work.stride(0),
-                "pool_slot": pool.stride(0),
-            },
-            {
-                "FIRST": groups.first,
-                "FIRST_WIDTH": groups.first_width,
-                "WIDTH": groups.width,
-                "NORM": groups.norm,
-                "BIAS": "conv_bias" in self._layer.params,
-                "TAPS": pool.shape[2] + 1,
-                "BLOCK_T": block,
-                "BLOCK_C": power_of_two(max(groups.first_width if groups.first else 1, groups.width)),
-            },
-            warps=self._tuning.conv_warps,
-            unspecialised=frozenset({"num_tokens"}),
-        )
 
     def _rows(self, inputs: Mapping[str, Tensor], *names: str) -> dict[str, Tensor | int | float]:
         """Kernel arguments `name` and `name_row` for each of q, k, v, gate and step that is named."""
@@ -521,11 +563,80 @@ class TritonLinearKernel(LinearKernel):
         )
 
 
+class TritonMamba1Kernel(LaunchedKernel):
+    """One Mamba-1 layer. Convolution and scan are kernels; the projections between them are torch's."""
+
+    def __init__(self, layer: LinearLayer, geometry: Mamba1, tuning: Tuning, plans: PlanCache) -> None:
+        super().__init__(layer, tuning, plans, layer.state)
+        self._geometry = geometry
+        params = layer.params
+        self._rate = self._floats(params["A_log"].double().exp())
+        self._dt_bias, self._skip = self._floats(params["dt_bias"]), self._floats(params["D"])
+        self._x_proj, self._dt_proj = (self._floats(params[name]).T for name in ("x_proj", "dt_proj"))
+        self._norms = [
+            self._floats(params[name]) if name in params else None for name in ("dt_norm", "B_norm", "C_norm")
+        ]
+
+    def _steps(self, inputs: Mapping[str, Tensor], plan: LinearPlan, out: Tensor) -> Iterator[Launch]:
+        g = self._geometry
+        # fp32 throughout: dt stands in an exponent, where a rounding to bf16 is multiplied by the context.
+        u = torch.empty(inputs["x"].shape, dtype=torch.float32, device=self._device)
+        yield self._conv(_plain_groups(g.inner_dim), inputs["x"], u, plan)
+        parts = (u @ self._x_proj).split([g.dt_rank, g.state_dim, g.state_dim], dim=-1)
+        low, B, C = (
+            part if norm is None else torch.nn.functional.rms_norm(part, part.shape[1:], norm, g.norm_eps)
+            for part, norm in zip(parts, self._norms, strict=True)
+        )
+        dt = low @ self._dt_proj
+        pool, block = self._layer.state, min(self._tuning.scan_channels, power_of_two(g.inner_dim))
+        yield Launch(
+            selective_scan_kernel,
+            (-(-g.inner_dim // block), plan.state_in.shape[0]),
+            {
+                "u": u,
+                "dt": dt,
+                "B": B,
+                "C": C,
+                "out": out,
+                "pool": pool,
+                "rate": self._rate,
+                "bias": self._dt_bias,
+                "skip": self._skip,
+                "cu_seqlens": plan.cu_seqlens,
+                "state_in": plan.state_in,
+                "state_out": plan.state_out,
+                "u_row": u.stride(0),
+                "dt_row": dt.stride(0),
+                "B_row": B.stride(0),
+                "C_row": C.stride(0),
+                "out_row": out.stride(0),
+                "pool_slot": pool.stride(0),
+            },
+            {"INNER": g.inner_dim, "N": g.state_dim, "BLOCK_I": block, "BLOCK_N": power_of_two(g.state_dim)},
+            warps=self._tuning.scan_warps,
+        )
+
+
+class TritonShortConvKernel(LaunchedKernel):
+    """One short convolution, straight into the output."""
+
+    def __init__(self, layer: LinearLayer, geometry: ShortConv, tuning: Tuning, plans: PlanCache) -> None:
+        super().__init__(layer, tuning, plans, layer.conv)
+        self._groups = _plain_groups(geometry.channels)
+
+    def _steps(self, inputs: Mapping[str, Tensor], plan: LinearPlan, out: Tensor) -> Iterator[Launch]:
+        yield self._conv(self._groups, inputs["x"], out, plan, activation=False)
+
+
 class TritonLinearBackend(LinearBackend):
-    """gated_delta, kimi_delta, lightning and mamba2 on a CUDA device, fp32 and bf16.
+    """All linear mechanisms on a CUDA device, fp32 and bf16.
 
     Runs on the CPU only under Triton's interpreter (TRITON_INTERPRET=1 before this package's import).
     One-token and short spans run token by token, long ones in chunks; see `Tuning`.
+
+    Args:
+        tuning: launch shapes.
+        recorder: records the decode steps that `prepare` was told of; None: every step is launched.
     """
 
     name = "triton"
@@ -533,24 +644,53 @@ class TritonLinearBackend(LinearBackend):
         planning=Planning.OPTIONAL,
         chunked_prefix=True,
         ragged=Ragged.FORCED_OFF,
-        graphs=False,
-        mechanisms=frozenset({"gated_delta", "kimi_delta", "lightning", "mamba2"}),
+        graphs=True,
+        mechanisms=frozenset({"gated_delta", "kimi_delta", "lightning", "mamba2", "mamba1", "short_conv"}),
         dtypes=DTYPES,
+        devices=frozenset({"cuda", "cpu"} if INTERPRETED else {"cuda"}),
     )
 
-    def __init__(self, tuning: Tuning | None = None) -> None:
+    def __init__(self, tuning: Tuning | None = None, recorder: Recorder | None = None) -> None:
         self._tuning = tuning or Tuning()
         self._plans = PlanCache(self._tuning)
+        self._recorder = recorder
+        self._decodes: dict[torch.device, DecodeSteps] = {}
+        """Of the devices that layers lie on."""
 
-    def layer(self, layer: LinearLayer) -> TritonLinearKernel:
+    def prepare(self, meta: LinearMeta) -> LinearMeta:
+        """Plan a step, so that no layer of it has to; decode steps get metadata that graphs can read."""
+        if len(self._decodes) != 1:
+            return meta  # layers on no device, or on several: each plans for its own
+        ((device, steps),) = self._decodes.items()
+        found = steps.take(meta) if self._recorder is not None else None
+        if found is None:
+            self._plans.get(meta, device)
+            return meta
+        self._plans.get(found, device, host_spans(found))
+        return found
+
+    def layer(self, layer: LinearLayer) -> LinearKernel:
         """Resolve one layer. Raises UnsupportedError, or LayerError where the pools are not on a GPU."""
-        kernel = TritonLinearKernel(layer, self._tuning, self._plans)
-        device = layer.state.device
-        if not (INTERPRETED or device.type == "cuda"):
-            raise LayerError("state_pool", device, "must be on a CUDA device")
-        if layer.conv_pool is not None and layer.conv_pool.device != device:
-            raise LayerError("conv_pool", layer.conv_pool.device, f"must be on {device}")
-        return kernel
+        pools = {"state_pool": layer.state_pool, "conv_pool": layer.conv_pool}
+        given = {name: pool for name, pool in pools.items() if pool is not None}
+        device = next(iter(given.values())).device
+        for name, pool in given.items():
+            if not (INTERPRETED or pool.device.type == "cuda"):
+                raise LayerError(name, pool.device, "must be on a CUDA device")
+            if pool.device != device:
+                raise LayerError(name, pool.device, f"must be on {device}")
+        self._decodes.setdefault(device, DecodeSteps(device))
+        kernel = self._launched(layer)
+        return kernel if self._recorder is None else GraphedKernel(kernel, self._recorder)
+
+    def _launched(self, layer: LinearLayer) -> LaunchedKernel:
+        match layer.geometry:
+            case Mamba1() as g:
+                return TritonMamba1Kernel(layer, g, self._tuning, self._plans)
+            case ShortConv() as g:
+                return TritonShortConvKernel(layer, g, self._tuning, self._plans)
+            case _:
+                return TritonLinearKernel(layer, self._tuning, self._plans)
 
     def plan(self, meta: LinearMeta, device: torch.device, host: HostSpans | None = None) -> LinearPlan:
         """Plan a step before its first layer runs, so that no layer has to wait for the device.

@@ -1,4 +1,4 @@
-"""Depthwise causal convolution + SiLU (+ L2 norm per head) over packed rows, with state by slot."""
+"""Depthwise causal convolution (+ SiLU, + L2 norm per head) over packed rows, with state by slot."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ def conv_kernel(
     FIRST_WIDTH: tl.constexpr,
     WIDTH: tl.constexpr,
     NORM: tl.constexpr,
+    SILU: tl.constexpr,
     BIAS: tl.constexpr,
     TAPS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    """work[t, c] = silu(bias[c] + sum_j weight[c, j] x[t - (TAPS-1) + j, c]), within each span.
+    """work[t, c] = silu(bias[c] + sum_j weight[c, j] x[t - (TAPS-1) + j, c]), within each span; without
+    SILU the sum itself.
 
     x [T, C]; weight [C, TAPS] and bias [C] fp32; pool [slots, C, TAPS-1], the inputs before the span,
     oldest first (slot -1: zeros); work [T, C]. The channels are FIRST groups of FIRST_WIDTH, then groups
@@ -79,7 +81,7 @@ def conv_kernel(
         acc += value * tl.load(weight + c * TAPS + tap, mask=inside, other=0.0)[None, :]
     if BIAS:
         acc += tl.load(bias + c, mask=inside, other=0.0)[None, :]
-    y = silu(acc)
+    y = silu(acc) if SILU else acc
     if NORM:
         norm = tl.rsqrt(tl.sum(y * y, axis=1) + 1e-6)
         y = tl.where(first, y * norm[:, None], y)

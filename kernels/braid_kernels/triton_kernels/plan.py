@@ -20,6 +20,8 @@ from braid_kernels.reference.backend import check_slots, check_spans
 
 Ints = NDArray[np.int32]
 
+_ALIGNED = 4  # elements of 4 bytes
+
 
 @dataclass(frozen=True, eq=False)
 class HostSpans:
@@ -97,6 +99,21 @@ def _cut(begin: int, end: int, asked: Sequence[int], chunk: int) -> list[tuple[i
     return cuts
 
 
+def upload(parts: Sequence[Ints], device: torch.device) -> list[Tensor]:
+    """Host arrays on the device, in one copy in the order of the current stream.
+
+    Each begins at a multiple of 16 bytes: Triton compiles a kernel anew for every other alignment.
+    """
+    room = [-(-part.shape[0] // _ALIGNED) * _ALIGNED for part in parts]
+    packed = torch.zeros(sum(room), dtype=torch.int32)
+    places = packed.split(room)
+    for place, part in zip(places, parts, strict=True):
+        place[: part.shape[0]] = torch.from_numpy(part)
+    if device.type == "cuda":
+        places = packed.pin_memory().to(device, non_blocking=True).split(room)
+    return [place[: part.shape[0]] for place, part in zip(places, parts, strict=True)]
+
+
 def plan_step(
     meta: LinearMeta, device: torch.device, chunk: int, short_span: int, host: HostSpans | None = None
 ) -> LinearPlan:
@@ -143,10 +160,7 @@ def plan_step(
     else:
         given = []
         parts += [host.cu_seqlens, host.state_in, host.state_out]
-    packed = torch.from_numpy(np.concatenate(parts))
-    if device.type == "cuda":
-        packed = packed.pin_memory().to(device, non_blocking=True)
-    views = list(packed.split([part.shape[0] for part in parts]))
+    views = upload(parts, device)
     cu_seqlens, state_in, state_out = given or views[6:]
     token_span, recurrent_spans, chunked_spans, span_chunks, chunk_row, chunk_len = views[:6]
     return LinearPlan(

@@ -78,6 +78,62 @@ RAGGED_FORCED_OFF: Ragged.ValueType  # 2
 """Takes them too, and runs them span by span: slower, with the same results."""
 Global___Ragged: _TypeAlias = Ragged  # noqa: Y015
 
+class _DeviceHandover:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DeviceHandoverEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DeviceHandover.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DEVICE_HANDOVER_UNSPECIFIED: _DeviceHandover.ValueType  # 0
+    """By doorbells of the processes alone: each waits for its own kernels first."""
+    DEVICE_HANDOVER_STREAM_VALUES: _DeviceHandover.ValueType  # 1
+    """Streams write and wait for counters in shared memory; no process waits inside a step. Listed only
+    where such calls have been made and have worked.
+    """
+    DEVICE_HANDOVER_EVENTS: _DeviceHandover.ValueType  # 2
+    """Events that both processes share, with a doorbell for each layer: an event must have been recorded
+    before the other side waits for it.
+    """
+
+class DeviceHandover(_DeviceHandover, metaclass=_DeviceHandoverEnumTypeWrapper):
+    """How work on a device is ordered between the streams of two processes."""
+
+DEVICE_HANDOVER_UNSPECIFIED: DeviceHandover.ValueType  # 0
+"""By doorbells of the processes alone: each waits for its own kernels first."""
+DEVICE_HANDOVER_STREAM_VALUES: DeviceHandover.ValueType  # 1
+"""Streams write and wait for counters in shared memory; no process waits inside a step. Listed only
+where such calls have been made and have worked.
+"""
+DEVICE_HANDOVER_EVENTS: DeviceHandover.ValueType  # 2
+"""Events that both processes share, with a doorbell for each layer: an event must have been recorded
+before the other side waits for it.
+"""
+Global___DeviceHandover: _TypeAlias = DeviceHandover  # noqa: Y015
+
+class _DeviceSharing:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DeviceSharingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DeviceSharing.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DEVICE_SHARING_UNSPECIFIED: _DeviceSharing.ValueType  # 0
+    """A CPU, or a driver that does not tell."""
+    DEVICE_SHARING_TIME_SLICED: _DeviceSharing.ValueType  # 1
+    """They take turns."""
+    DEVICE_SHARING_MPS: _DeviceSharing.ValueType  # 2
+    """Their kernels run side by side: contexts go through an MPS server."""
+
+class DeviceSharing(_DeviceSharing, metaclass=_DeviceSharingEnumTypeWrapper):
+    """How processes share a device, as the driver says it; a variable of the environment proves nothing."""
+
+DEVICE_SHARING_UNSPECIFIED: DeviceSharing.ValueType  # 0
+"""A CPU, or a driver that does not tell."""
+DEVICE_SHARING_TIME_SLICED: DeviceSharing.ValueType  # 1
+"""They take turns."""
+DEVICE_SHARING_MPS: DeviceSharing.ValueType  # 2
+"""Their kernels run side by side: contexts go through an MPS server."""
+Global___DeviceSharing: _TypeAlias = DeviceSharing  # noqa: Y015
+
 @_typing.final
 class DescribeRequest(_message.Message):
     """Nothing to say."""
@@ -135,6 +191,9 @@ class DescribeResponse(_message.Message):
     PID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     DOORBELLS_FIELD_NUMBER: _builtins.int
+    DEVICE_HANDOVERS_FIELD_NUMBER: _builtins.int
+    DEVICE_SHARING_FIELD_NUMBER: _builtins.int
+    DEVICE_UUID_FIELD_NUMBER: _builtins.int
     kind: _common_pb2.Kind.ValueType
     """KIND_FULL or KIND_LINEAR."""
     backend: _builtins.str
@@ -155,6 +214,10 @@ class DescribeResponse(_message.Message):
     """Current epoch; 0: not configured."""
     doorbells: _builtins.bool
     """Whether steps of a walk may be handed over by doorbells."""
+    device_sharing: Global___DeviceSharing.ValueType
+    """Whether other processes' kernels run beside its own on the device."""
+    device_uuid: _builtins.bytes
+    """16 bytes that name its device, whatever its index is in each process; empty on a CPU."""
     @_builtins.property
     def mechanisms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Mechanisms it runs ("gqa", "gated_delta", …)."""
@@ -170,6 +233,12 @@ class DescribeResponse(_message.Message):
     @_builtins.property
     def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Library name → version."""
+
+    @_builtins.property
+    def device_handovers(self) -> _containers.RepeatedScalarFieldContainer[Global___DeviceHandover.ValueType]:
+        """How layers on its device may be handed over, best first; empty on a CPU. Without any the service waits
+        for its kernels before it answers or rings.
+        """
 
     def __init__(
         self,
@@ -188,10 +257,13 @@ class DescribeResponse(_message.Message):
         pid: _builtins.int = ...,
         epoch: _builtins.int = ...,
         doorbells: _builtins.bool = ...,
+        device_handovers: _abc.Iterable[Global___DeviceHandover.ValueType] | None = ...,
+        device_sharing: Global___DeviceSharing.ValueType = ...,
+        device_uuid: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "chunked_prefix", b"chunked_prefix", "devices", b"devices", "doorbells", b"doorbells", "dtypes", b"dtypes", "epoch", b"epoch", "graphs", b"graphs", "kind", b"kind", "max_tokens", b"max_tokens", "mechanisms", b"mechanisms", "pid", b"pid", "planning", b"planning", "ragged", b"ragged", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "chunked_prefix", b"chunked_prefix", "device_handovers", b"device_handovers", "device_sharing", b"device_sharing", "device_uuid", b"device_uuid", "devices", b"devices", "doorbells", b"doorbells", "dtypes", b"dtypes", "epoch", b"epoch", "graphs", b"graphs", "kind", b"kind", "max_tokens", b"max_tokens", "mechanisms", b"mechanisms", "pid", b"pid", "planning", b"planning", "ragged", b"ragged", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -707,8 +779,11 @@ class PlanResponse(_message.Message):
 
     SUMMARY_FIELD_NUMBER: _builtins.int
     PLAN_NS_FIELD_NUMBER: _builtins.int
+    DEVICE_EVENT_FIELD_NUMBER: _builtins.int
     plan_ns: _builtins.int
     """Time spent planning, nanoseconds."""
+    device_event: _builtins.bytes
+    """Of a step that is handed over by events: 64-byte IPC handle of the one that the service records."""
     @_builtins.property
     def summary(self) -> Global___PlanSummary:
         """What the plan came to."""
@@ -718,10 +793,11 @@ class PlanResponse(_message.Message):
         *,
         summary: Global___PlanSummary | None = ...,
         plan_ns: _builtins.int = ...,
+        device_event: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan_ns", b"plan_ns", "summary", b"summary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_event", b"device_event", "plan_ns", b"plan_ns", "summary", b"summary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -859,6 +935,7 @@ class WalkRequest(_message.Message):
     OPEN_FIELD_NUMBER: _builtins.int
     RUN_FIELD_NUMBER: _builtins.int
     CLOSE_FIELD_NUMBER: _builtins.int
+    AGAIN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___OpenStep:
         """Begin a step."""
@@ -871,18 +948,23 @@ class WalkRequest(_message.Message):
     def close(self) -> Global___CloseStep:
         """The step is over, or given up."""
 
+    @_builtins.property
+    def again(self) -> Global___OpenAgain:
+        """Begin a step like one before."""
+
     def __init__(
         self,
         *,
         open: Global___OpenStep | None = ...,
         run: Global___RunTicket | None = ...,
         close: Global___CloseStep | None = ...,
+        again: Global___OpenAgain | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["close", b"close", "message", b"message", "open", b"open", "run", b"run"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["again", b"again", "close", b"close", "message", b"message", "open", b"open", "run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["close", b"close", "message", b"message", "open", b"open", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["again", b"again", "close", b"close", "message", b"message", "open", b"open", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["open", "run", "close"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["open", "run", "close", "again"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -897,6 +979,11 @@ class OpenStep(_message.Message):
     PLAN_FIELD_NUMBER: _builtins.int
     TICKETS_FIELD_NUMBER: _builtins.int
     DOORBELLS_FIELD_NUMBER: _builtins.int
+    KEEP_FIELD_NUMBER: _builtins.int
+    keep: _builtins.int
+    """The service keeps this message for OpenAgain under this number, from 1 to 1024, in the place of
+    what it kept there; above: INVALID_ARGUMENT BATCH_INVALID. 0: it is not kept.
+    """
     @_builtins.property
     def plan(self) -> Global___PlanRequest:
         """As for Plan."""
@@ -917,14 +1004,54 @@ class OpenStep(_message.Message):
         plan: Global___PlanRequest | None = ...,
         tickets: _abc.Iterable[Global___Ticket] | None = ...,
         doorbells: Global___Doorbells | None = ...,
+        keep: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["doorbells", b"doorbells", "plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["doorbells", b"doorbells", "plan", b"plan", "tickets", b"tickets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["doorbells", b"doorbells", "keep", b"keep", "plan", b"plan", "tickets", b"tickets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___OpenStep: _TypeAlias = OpenStep  # noqa: Y015
+
+@_typing.final
+class OpenAgain(_message.Message):
+    """Begin a step like an earlier one of this walk. It differs from it in these numbers and in what the
+    metadata arrays hold; everything else, the places of all tensors above all, is as it was then, and so
+    are the errors.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEPT_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    BASE_FIELD_NUMBER: _builtins.int
+    kept: _builtins.int
+    """`keep` of that OpenStep. None is kept there, or it was before the last Configure:
+    FAILED_PRECONDITION STEP_ORDER.
+    """
+    epoch: _builtins.int
+    """As of the batch: below the current epoch: ABORTED EPOCH_STALE."""
+    step: _builtins.int
+    """Number of the step, growing within an epoch."""
+    base: _builtins.int
+    """Where its doorbells, if any, stand before the first ticket."""
+    def __init__(
+        self,
+        *,
+        kept: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        step: _builtins.int = ...,
+        base: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "epoch", b"epoch", "kept", b"kept", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenAgain: _TypeAlias = OpenAgain  # noqa: Y015
 
 @_typing.final
 class Doorbells(_message.Message):
@@ -942,6 +1069,10 @@ class Doorbells(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     LANES_FIELD_NUMBER: _builtins.int
     MAIL_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    DEVICE_REQUEST_FIELD_NUMBER: _builtins.int
+    DEVICE_DONE_FIELD_NUMBER: _builtins.int
+    DEVICE_EVENT_FIELD_NUMBER: _builtins.int
     base: _builtins.int
     """Where both counters stand before the first ticket."""
     lanes: _builtins.int
@@ -949,6 +1080,14 @@ class Doorbells(_message.Message):
     counters, and layers run in turn: ticket i of lane l is handed over at base + 2·i + l + 1. Nothing
     runs before both are open. More than 2, or lane 1 without its lane 0: FAILED_PRECONDITION
     STEP_ORDER.
+    """
+    device: Global___DeviceHandover.ValueType
+    """How layers are ordered on a device. One that the service did not declare: UNIMPLEMENTED
+    MECHANISM_UNSUPPORTED.
+    """
+    device_event: _builtins.bytes
+    """EVENTS: 64-byte IPC handle of the event that the orchestrator records before it rings `request`; the
+    service records the one of its PlanResponse before it rings `done`. Then neither waits for kernels.
     """
     @_builtins.property
     def request(self) -> _common_pb2.TensorView:
@@ -970,6 +1109,17 @@ class Doorbells(_message.Message):
         second pair on one stream: FAILED_PRECONDITION STEP_ORDER.
         """
 
+    @_builtins.property
+    def device_request(self) -> _common_pb2.TensorView:
+        """STREAM_VALUES: uint8 [64], 64-byte aligned, in host memory; its first 8 bytes are written by the
+        orchestrator's stream as `request` would be. `request` is then rung only to end a step early, and
+        `done` once for each lane, at the value of the lane's last ticket, when all have run.
+        """
+
+    @_builtins.property
+    def device_done(self) -> _common_pb2.TensorView:
+        """STREAM_VALUES: likewise, written by the service's stream."""
+
     def __init__(
         self,
         *,
@@ -979,10 +1129,14 @@ class Doorbells(_message.Message):
         timings: _common_pb2.TensorView | None = ...,
         lanes: _builtins.int = ...,
         mail: Global___Mailboxes | None = ...,
+        device: Global___DeviceHandover.ValueType = ...,
+        device_request: _common_pb2.TensorView | None = ...,
+        device_done: _common_pb2.TensorView | None = ...,
+        device_event: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "mail", b"mail", "request", b"request", "timings", b"timings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["device_done", b"device_done", "device_request", b"device_request", "done", b"done", "mail", b"mail", "request", b"request", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "done", b"done", "lanes", b"lanes", "mail", b"mail", "request", b"request", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "device", b"device", "device_done", b"device_done", "device_event", b"device_event", "device_request", b"device_request", "done", b"done", "lanes", b"lanes", "mail", b"mail", "request", b"request", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,43 +24,45 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62raid/v1/common.proto\x12\x08\x62raid.v1\"n\n\nTensorView\x12\x10\n\x08\x61rena_id\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x1e\n\x05\x64type\x18\x03 \x01(\x0e\x32\x0f.braid.v1.Dtype\x12\r\n\x05shape\x18\x04 \x03(\x04\x12\x0f\n\x07strides\x18\x05 \x03(\x04\"\x8c\x01\n\x05\x41rena\x12\x10\n\x08\x61rena_id\x18\x01 \x01(\r\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05label\x18\x04 \x01(\t\x12\x19\n\x0fhandover_socket\x18\x05 \x01(\tH\x00\x12\x19\n\x0f\x63uda_ipc_handle\x18\x06 \x01(\x0cH\x00\x42\x08\n\x06handle\"\x85\x01\n\x0bGqaGeometry\x12\x13\n\x0bnum_q_heads\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\x12\n\nv_head_dim\x18\x04 \x01(\r\x12\r\n\x05scale\x18\x05 \x01(\x01\x12\x16\n\x0esliding_window\x18\x06 \x01(\r\"\x8d\x01\n\x0bMlaGeometry\x12\x11\n\tnum_heads\x18\x01 \x01(\r\x12\x18\n\x10qk_nope_head_dim\x18\x02 \x01(\r\x12\x18\n\x10qk_rope_head_dim\x18\x03 \x01(\r\x12\x12\n\nv_head_dim\x18\x04 \x01(\r\x12\x14\n\x0ckv_lora_rank\x18\x05 \x01(\r\x12\r\n\x05scale\x18\x06 \x01(\x01\"\x9d\x01\n\x12GatedDeltaGeometry\x12\x13\n\x0bnum_k_heads\x18\x01 \x01(\r\x12\x13\n\x0bnum_v_heads\x18\x02 \x01(\r\x12\x12\n\nk_head_dim\x18\x03 \x01(\r\x12\x12\n\nv_head_dim\x18\x04 \x01(\r\x12\x12\n\nconv_width\x18\x05 \x01(\r\x12\r\n\x05scale\x18\x06 \x01(\x01\x12\x12\n\nbeta_scale\x18\x07 \x01(\x01\"u\n\x11KimiDeltaGeometry\x12\x11\n\tnum_heads\x18\x01 \x01(\r\x12\x10\n\x08head_dim\x18\x02 \x01(\r\x12\x12\n\nconv_width\x18\x03 \x01(\r\x12\r\n\x05scale\x18\x04 \x01(\x01\x12\x18\n\x10gate_lower_bound\x18\x05 \x01(\x01\"[\n\x11LightningGeometry\x12\x11\n\tnum_heads\x18\x01 \x01(\r\x12\x10\n\x08head_dim\x18\x02 \x01(\r\x12\r\n\x05scale\x18\x03 \x01(\x01\x12\x12\n\nactivation\x18\x04 \x01(\t\"\x90\x01\n\x0eMamba2Geometry\x12\x11\n\tnum_heads\x18\x01 \x01(\r\x12\x10\n\x08head_dim\x18\x02 \x01(\r\x12\x11\n\tstate_dim\x18\x03 \x01(\r\x12\x12\n\nnum_groups\x18\x04 \x01(\r\x12\x12\n\nconv_width\x18\x05 \x01(\r\x12\x0e\n\x06\x64t_min\x18\x06 \x01(\x01\x12\x0e\n\x06\x64t_max\x18\x07 \x01(\x01\"m\n\x0eMamba1Geometry\x12\x11\n\tinner_dim\x18\x01 \x01(\r\x12\x11\n\tstate_dim\x18\x02 \x01(\r\x12\x0f\n\x07\x64t_rank\x18\x03 \x01(\r\x12\x12\n\nconv_width\x18\x04 \x01(\r\x12\x10\n\x08norm_eps\x18\x05 \x01(\x01\"9\n\x11ShortConvGeometry\x12\x10\n\x08\x63hannels\x18\x01 \x01(\r\x12\x12\n\nconv_width\x18\x02 \x01(\r\"\xbe\x03\n\tLayerSpec\x12\x10\n\x08layer_id\x18\x01 \x01(\r\x12\x1c\n\x04kind\x18\x02 \x01(\x0e\x32\x0e.braid.v1.Kind\x12$\n\x03gqa\x18\x03 \x01(\x0b\x32\x15.braid.v1.GqaGeometryH\x00\x12$\n\x03mla\x18\x04 \x01(\x0b\x32\x15.braid.v1.MlaGeometryH\x00\x12\x33\n\x0bgated_delta\x18\x05 \x01(\x0b\x32\x1c.braid.v1.GatedDeltaGeometryH\x01\x12\x31\n\nkimi_delta\x18\x06 \x01(\x0b\x32\x1b.braid.v1.KimiDeltaGeometryH\x01\x12\x30\n\tlightning\x18\x07 \x01(\x0b\x32\x1b.braid.v1.LightningGeometryH\x01\x12*\n\x06mamba2\x18\x08 \x01(\x0b\x32\x18.braid.v1.Mamba2GeometryH\x01\x12*\n\x06mamba1\x18\t \x01(\x0b\x32\x18.braid.v1.Mamba1GeometryH\x01\x12\x31\n\nshort_conv\x18\n \x01(\x0b\x32\x1b.braid.v1.ShortConvGeometryH\x01\x42\x06\n\x04\x66ullB\x08\n\x06linear\"^\n\tLayerPlan\x12\x1c\n\x04role\x18\x01 \x01(\x0e\x32\x0e.braid.v1.Role\x12#\n\x06layers\x18\x02 \x03(\x0b\x32\x13.braid.v1.LayerSpec\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\"F\n\x06Timing\x12\x13\n\x0breceived_ns\x18\x01 \x01(\x04\x12\x12\n\nstarted_ns\x18\x02 \x01(\x04\x12\x13\n\x0b\x66inished_ns\x18\x03 \x01(\x04*=\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_TARGET\x10\x01\x12\x0e\n\nROLE_DRAFT\x10\x02*^\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\r\n\tKIND_FULL\x10\x01\x12\x0f\n\x0bKIND_LINEAR\x10\x02\x12\x11\n\rKIND_PARALLEL\x10\x03\x12\r\n\tKIND_NONE\x10\x04*\x8b\x01\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03\x12\x0f\n\x0b\x44TYPE_INT32\x10\x04\x12\x0f\n\x0b\x44TYPE_INT64\x10\x05\x12\x0f\n\x0b\x44TYPE_UINT8\x10\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62raid/v1/common.proto\x12\x08\x62raid.v1\"n\n\nTensorView\x12\x10\n\x08\x61rena_id\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x1e\n\x05\x64type\x18\x03 \x01(\x0e\x32\x0f.braid.v1.Dtype\x12\r\n\x05shape\x18\x04 \x03(\x04\x12\x0f\n\x07strides\x18\x05 \x03(\x04\"\xb4\x01\n\x05\x41rena\x12\x10\n\x08\x61rena_id\x18\x01 \x01(\r\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05label\x18\x04 \x01(\t\x12\x19\n\x0fhandover_socket\x18\x05 \x01(\tH\x00\x12\x19\n\x0f\x63uda_ipc_handle\x18\x06 \x01(\x0cH\x00\x12&\n\x04\x63uda\x18\x07 \x01(\x0b\x32\x18.braid.v1.CudaAllocationB\x08\n\x06handle\"e\n\x0e\x43udaAllocation\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x13\n\x0b\x64\x65vice_uuid\x18\x02 \x01(\x0c\x12\x11\n\towner_pid\x18\x03 \x01(\r\x12\x1b\n\x13owner_pid_namespace\x18\x04 \x01(\x04\"\x85\x01\n\x0bGqaGeometry\x12\x13\n\x0bnum_q_heads\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\x12\n\nv_head_dim\x18\x04 \x01(\r\x12\r\n\x05scale\x18\x05 \x01(\x01\x12\x16\n\x0esliding_window\x18\x06 \x01(\r\"\x8d\x01\n\x0bMlaGeometry\x12\x11\n\tnum_heads\x18\x01 \x01(\r\x12\x18\n\x10qk_nope_head_dim\x18\x02 \x01(\r\x12\x18\n\x10qk_rope_head_dim\x18\x03 \x01(\r\x12\x12\n\nv_head_dim\x18\x04 \x01(\r\x12\x14\n\x0ckv_lora_rank\x18\x05 \x01(\r\x12\r\n\x05scale\x18\x06 \x01(\x01\"\x9d\x01\n\x12GatedDeltaGeometry\x12\x13\n\x0bnum_k_heads\x18\x01 \x01(\r\x12\x13\n\x0bnum_v_heads\x18\x02 \x01(\r\x12\x12\n\nk_head_dim\x18\x03 \x01(\r\x12\x12\n\nv_head_dim\x18\x04 \x01(\r\x12\x12\n\nconv_width\x18\x05 \x01(\r\x12\r\n\x05scale\x18\x06 \x01(\x01\x12\x12\n\nbeta_scale\x18\x07 \x01(\x01\"u\n\x11KimiDeltaGeometry\x12\x11\n\tnum_heads\x18\x01 \x01(\r\x12\x10\n\x08head_dim\x18\x02 \x01(\r\x12\x12\n\nconv_width\x18\x03 \x01(\r\x12\r\n\x05scale\x18\x04 \x01(\x01\x12\x18\n\x10gate_lower_bound\x18\x05 \x01(\x01\"[\n\x11LightningGeometry\x12\x11\n\tnum_heads\x18\x01 \x01(\r\x12\x10\n\x08head_dim\x18\x02 \x01(\r\x12\r\n\x05scale\x18\x03 \x01(\x01\x12\x12\n\nactivation\x18\x04 \x01(\t\"\x90\x01\n\x0eMamba2Geometry\x12\x11\n\tnum_heads\x18\x01 \x01(\r\x12\x10\n\x08head_dim\x18\x02 \x01(\r\x12\x11\n\tstate_dim\x18\x03 \x01(\r\x12\x12\n\nnum_groups\x18\x04 \x01(\r\x12\x12\n\nconv_width\x18\x05 \x01(\r\x12\x0e\n\x06\x64t_min\x18\x06 \x01(\x01\x12\x0e\n\x06\x64t_max\x18\x07 \x01(\x01\"m\n\x0eMamba1Geometry\x12\x11\n\tinner_dim\x18\x01 \x01(\r\x12\x11\n\tstate_dim\x18\x02 \x01(\r\x12\x0f\n\x07\x64t_rank\x18\x03 \x01(\r\x12\x12\n\nconv_width\x18\x04 \x01(\r\x12\x10\n\x08norm_eps\x18\x05 \x01(\x01\"9\n\x11ShortConvGeometry\x12\x10\n\x08\x63hannels\x18\x01 \x01(\r\x12\x12\n\nconv_width\x18\x02 \x01(\r\"\xbe\x03\n\tLayerSpec\x12\x10\n\x08layer_id\x18\x01 \x01(\r\x12\x1c\n\x04kind\x18\x02 \x01(\x0e\x32\x0e.braid.v1.Kind\x12$\n\x03gqa\x18\x03 \x01(\x0b\x32\x15.braid.v1.GqaGeometryH\x00\x12$\n\x03mla\x18\x04 \x01(\x0b\x32\x15.braid.v1.MlaGeometryH\x00\x12\x33\n\x0bgated_delta\x18\x05 \x01(\x0b\x32\x1c.braid.v1.GatedDeltaGeometryH\x01\x12\x31\n\nkimi_delta\x18\x06 \x01(\x0b\x32\x1b.braid.v1.KimiDeltaGeometryH\x01\x12\x30\n\tlightning\x18\x07 \x01(\x0b\x32\x1b.braid.v1.LightningGeometryH\x01\x12*\n\x06mamba2\x18\x08 \x01(\x0b\x32\x18.braid.v1.Mamba2GeometryH\x01\x12*\n\x06mamba1\x18\t \x01(\x0b\x32\x18.braid.v1.Mamba1GeometryH\x01\x12\x31\n\nshort_conv\x18\n \x01(\x0b\x32\x1b.braid.v1.ShortConvGeometryH\x01\x42\x06\n\x04\x66ullB\x08\n\x06linear\"^\n\tLayerPlan\x12\x1c\n\x04role\x18\x01 \x01(\x0e\x32\x0e.braid.v1.Role\x12#\n\x06layers\x18\x02 \x03(\x0b\x32\x13.braid.v1.LayerSpec\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\"F\n\x06Timing\x12\x13\n\x0breceived_ns\x18\x01 \x01(\x04\x12\x12\n\nstarted_ns\x18\x02 \x01(\x04\x12\x13\n\x0b\x66inished_ns\x18\x03 \x01(\x04*=\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_TARGET\x10\x01\x12\x0e\n\nROLE_DRAFT\x10\x02*^\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\r\n\tKIND_FULL\x10\x01\x12\x0f\n\x0bKIND_LINEAR\x10\x02\x12\x11\n\rKIND_PARALLEL\x10\x03\x12\r\n\tKIND_NONE\x10\x04*\x8b\x01\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03\x12\x0f\n\x0b\x44TYPE_INT32\x10\x04\x12\x0f\n\x0b\x44TYPE_INT64\x10\x05\x12\x0f\n\x0b\x44TYPE_UINT8\x10\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'braid.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=1876
-  _globals['_ROLE']._serialized_end=1937
-  _globals['_KIND']._serialized_start=1939
-  _globals['_KIND']._serialized_end=2033
-  _globals['_DTYPE']._serialized_start=2036
-  _globals['_DTYPE']._serialized_end=2175
+  _globals['_ROLE']._serialized_start=2019
+  _globals['_ROLE']._serialized_end=2080
+  _globals['_KIND']._serialized_start=2082
+  _globals['_KIND']._serialized_end=2176
+  _globals['_DTYPE']._serialized_start=2179
+  _globals['_DTYPE']._serialized_end=2318
   _globals['_TENSORVIEW']._serialized_start=35
   _globals['_TENSORVIEW']._serialized_end=145
   _globals['_ARENA']._serialized_start=148
-  _globals['_ARENA']._serialized_end=288
-  _globals['_GQAGEOMETRY']._serialized_start=291
-  _globals['_GQAGEOMETRY']._serialized_end=424
-  _globals['_MLAGEOMETRY']._serialized_start=427
-  _globals['_MLAGEOMETRY']._serialized_end=568
-  _globals['_GATEDDELTAGEOMETRY']._serialized_start=571
-  _globals['_GATEDDELTAGEOMETRY']._serialized_end=728
-  _globals['_KIMIDELTAGEOMETRY']._serialized_start=730
-  _globals['_KIMIDELTAGEOMETRY']._serialized_end=847
-  _globals['_LIGHTNINGGEOMETRY']._serialized_start=849
-  _globals['_LIGHTNINGGEOMETRY']._serialized_end=940
-  _globals['_MAMBA2GEOMETRY']._serialized_start=943
-  _globals['_MAMBA2GEOMETRY']._serialized_end=1087
-  _globals['_MAMBA1GEOMETRY']._serialized_start=1089
-  _globals['_MAMBA1GEOMETRY']._serialized_end=1198
-  _globals['_SHORTCONVGEOMETRY']._serialized_start=1200
-  _globals['_SHORTCONVGEOMETRY']._serialized_end=1257
-  _globals['_LAYERSPEC']._serialized_start=1260
-  _globals['_LAYERSPEC']._serialized_end=1706
-  _globals['_LAYERPLAN']._serialized_start=1708
-  _globals['_LAYERPLAN']._serialized_end=1802
-  _globals['_TIMING']._serialized_start=1804
-  _globals['_TIMING']._serialized_end=1874
+  _globals['_ARENA']._serialized_end=328
+  _globals['_CUDAALLOCATION']._serialized_start=330
+  _globals['_CUDAALLOCATION']._serialized_end=431
+  _globals['_GQAGEOMETRY']._serialized_start=434
+  _globals['_GQAGEOMETRY']._serialized_end=567
+  _globals['_MLAGEOMETRY']._serialized_start=570
+  _globals['_MLAGEOMETRY']._serialized_end=711
+  _globals['_GATEDDELTAGEOMETRY']._serialized_start=714
+  _globals['_GATEDDELTAGEOMETRY']._serialized_end=871
+  _globals['_KIMIDELTAGEOMETRY']._serialized_start=873
+  _globals['_KIMIDELTAGEOMETRY']._serialized_end=990
+  _globals['_LIGHTNINGGEOMETRY']._serialized_start=992
+  _globals['_LIGHTNINGGEOMETRY']._serialized_end=1083
+  _globals['_MAMBA2GEOMETRY']._serialized_start=1086
+  _globals['_MAMBA2GEOMETRY']._serialized_end=1230
+  _globals['_MAMBA1GEOMETRY']._serialized_start=1232
+  _globals['_MAMBA1GEOMETRY']._serialized_end=1341
+  _globals['_SHORTCONVGEOMETRY']._serialized_start=1343
+  _globals['_SHORTCONVGEOMETRY']._serialized_end=1400
+  _globals['_LAYERSPEC']._serialized_start=1403
+  _globals['_LAYERSPEC']._serialized_end=1849
+  _globals['_LAYERPLAN']._serialized_start=1851
+  _globals['_LAYERPLAN']._serialized_end=1945
+  _globals['_TIMING']._serialized_start=1947
+  _globals['_TIMING']._serialized_end=2017
 # @@protoc_insertion_point(module_scope)

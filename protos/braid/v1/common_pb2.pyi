@@ -175,6 +175,7 @@ class Arena(_message.Message):
     LABEL_FIELD_NUMBER: _builtins.int
     HANDOVER_SOCKET_FIELD_NUMBER: _builtins.int
     CUDA_IPC_HANDLE_FIELD_NUMBER: _builtins.int
+    CUDA_FIELD_NUMBER: _builtins.int
     arena_id: _builtins.int
     """Unique within the cell, never reused within an epoch."""
     size_bytes: _builtins.int
@@ -188,7 +189,13 @@ class Arena(_message.Message):
     handover_socket: _builtins.str
     """CPU: path of the Unix socket that hands over the memory's file descriptor (SCM_RIGHTS)."""
     cuda_ipc_handle: _builtins.bytes
-    """CUDA: the 64-byte legacy IPC handle of the whole allocation."""
+    """CUDA: the 64-byte legacy IPC handle of the whole allocation; one that cannot be opened is
+    INVALID_ARGUMENT ARENA_UNKNOWN, naming the cause.
+    """
+    @_builtins.property
+    def cuda(self) -> Global___CudaAllocation:
+        """CUDA: the allocation and its owner; unset with a cuda_ipc_handle: INVALID_ARGUMENT ARENA_UNKNOWN."""
+
     def __init__(
         self,
         *,
@@ -198,16 +205,55 @@ class Arena(_message.Message):
         label: _builtins.str = ...,
         handover_socket: _builtins.str = ...,
         cuda_ipc_handle: _builtins.bytes = ...,
+        cuda: Global___CudaAllocation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cuda_ipc_handle", b"cuda_ipc_handle", "handle", b"handle", "handover_socket", b"handover_socket"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cuda", b"cuda", "cuda_ipc_handle", b"cuda_ipc_handle", "handle", b"handle", "handover_socket", b"handover_socket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena_id", b"arena_id", "cuda_ipc_handle", b"cuda_ipc_handle", "device", b"device", "handle", b"handle", "handover_socket", b"handover_socket", "label", b"label", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena_id", b"arena_id", "cuda", b"cuda", "cuda_ipc_handle", b"cuda_ipc_handle", "device", b"device", "handle", b"handle", "handover_socket", b"handover_socket", "label", b"label", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_handle: _TypeAlias = _typing.Literal["handover_socket", "cuda_ipc_handle"]  # noqa: Y015
     _WhichOneofArgType_handle: _TypeAlias = _typing.Literal["handle", b"handle"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_handle) -> _WhichOneofReturnType_handle | None: ...
 
 Global___Arena: _TypeAlias = Arena  # noqa: Y015
+
+@_typing.final
+class CudaAllocation(_message.Message):
+    """Where an arena lies in the device allocation that its handle names, and who owns that."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSET_FIELD_NUMBER: _builtins.int
+    DEVICE_UUID_FIELD_NUMBER: _builtins.int
+    OWNER_PID_FIELD_NUMBER: _builtins.int
+    OWNER_PID_NAMESPACE_FIELD_NUMBER: _builtins.int
+    offset: _builtins.int
+    """Byte offset of the arena from the allocation's base. Beyond its end: INVALID_ARGUMENT VIEW_INVALID."""
+    device_uuid: _builtins.bytes
+    """16 bytes that name the device, whatever its index is in each process; a device that the receiver does
+    not see: INVALID_ARGUMENT ARENA_UNKNOWN.
+    """
+    owner_pid: _builtins.int
+    """Operating-system process id of the owner; the receiver's own: INVALID_ARGUMENT ARENA_UNKNOWN, for a
+    process cannot open its own handle.
+    """
+    owner_pid_namespace: _builtins.int
+    """Inode number of the owner's PID namespace: handles open only inside one."""
+    def __init__(
+        self,
+        *,
+        offset: _builtins.int = ...,
+        device_uuid: _builtins.bytes = ...,
+        owner_pid: _builtins.int = ...,
+        owner_pid_namespace: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_uuid", b"device_uuid", "offset", b"offset", "owner_pid", b"owner_pid", "owner_pid_namespace", b"owner_pid_namespace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CudaAllocation: _TypeAlias = CudaAllocation  # noqa: Y015
 
 @_typing.final
 class GqaGeometry(_message.Message):

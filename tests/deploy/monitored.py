@@ -1,0 +1,120 @@
+"""A real Prometheus with the project's own configuration, at test speed.
+
+Intervals and `for` are short, targets are those of the test; expressions are untouched.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from compose_cell import ROOT, eventually, free_port
+
+FOLDER = ROOT / "deploy" / "prometheus"
+PROMETHEUS, PROMTOOL = Path("/usr/bin/prometheus"), Path("/usr/bin/promtool")
+EVERY = "1s"
+
+Json = dict[str, Any]
+
+
+def rules() -> list[Json]:
+    """All rules, as their files have them."""
+    found = []
+    for path in sorted((FOLDER / "rules").glob("*.yml")):
+        for group in yaml.safe_load(path.read_text())["groups"]:
+            found += group["rules"]
+    return found
+
+
+def quick_config(place: Path, targets: Mapping[str, str]) -> Path:
+    """The configuration, with other intervals and targets; gives its path.
+
+    Args:
+        place: where it is written.
+        targets: address in the configuration → address here; jobs with others are left out.
+    """
+    config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
+    config["global"] = {"scrape_interval": EVERY, "evaluation_interval": EVERY}
+    jobs = []
+    for job in config["scrape_configs"]:
+        kept = [
+            {**static, "targets": [targets[name] for name in static["targets"]]}
+            for static in job["static_configs"]
+            if all(name in targets for name in static["targets"])
+        ]
+        jobs += [{**job, "static_configs": kept}] if kept else []
+    config["scrape_configs"] = jobs
+    files = []
+    for name in config["rule_files"]:
+        groups = yaml.safe_load((FOLDER / name).read_text())["groups"]
+        for group in groups:
+            for rule in group["rules"]:
+                if "for" in rule:
+                    rule["for"] = EVERY
+        path = place / Path(name).name
+        path.write_text(json.dumps({"groups": groups}))  # JSON is YAML
+        files.append(str(path))
+    config["rule_files"] = files
+    path = place / "prometheus.yml"
+    path.write_text(json.dumps(config))
+    return path
+
+
+class Prometheus:
+    """The program, running.
+
+    Args:
+        place: for its data.
+        config: path of its configuration.
+    """
+
+    def __init__(self, place: Path, config: Path) -> None:
+        self.url = f"http://127.0.0.1:{free_port()}"
+        self._process = subprocess.Popen(
+            [
+                PROMETHEUS,
+                f"--config.file={config}",
+                f"--storage.tsdb.path={place / 'tsdb'}",
+                f"--web.listen-address={self.url.removeprefix('http://')}",
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        assert eventually(self._ready), "Prometheus does not come up"
+
+    def close(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.wait()
+
+    def query(self, expr: str) -> list[Json]:
+        """Series of an instant query."""
+        found: list[Json] = self._get(f"query?{urllib.parse.urlencode({'query': expr})}")["result"]
+        return found
+
+    def firing(self) -> set[str]:
+        """Names of the alerts that fire now."""
+        alerts = self._get("alerts")["alerts"]
+        return {one["labels"]["alertname"] for one in alerts if one["state"] == "firing"}
+
+    def rule_errors(self) -> list[str]:
+        """Of the last evaluation of every rule."""
+        groups = self._get("rules")["groups"]
+        return [rule["lastError"] for group in groups for rule in group["rules"] if rule.get("lastError")]
+
+    def _get(self, path: str) -> Any:
+        with urllib.request.urlopen(f"{self.url}/api/v1/{path}", timeout=20) as response:
+            return json.load(response)["data"]
+
+    def _ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/-/ready", timeout=1) as response:
+                return bool(response.status == 200)
+        except OSError:
+            return False

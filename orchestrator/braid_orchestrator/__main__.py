@@ -12,6 +12,7 @@ from braid_wire.rpc import Tls
 
 from braid_orchestrator.cli.options import PEM, setting_options
 from braid_orchestrator.settings import Settings
+from braid_orchestrator.watching import Watching, watching_options
 
 
 @click.command("braid-orchestrator")
@@ -46,9 +47,11 @@ from braid_orchestrator.settings import Settings
     help="Longest time that accepted requests get to finish after SIGTERM.",
 )
 @log_level_option()
+@watching_options
 @setting_options()
 def main(
     settings: Settings,
+    watching: Watching,
     model: Path,
     full: str,
     linear: str,
@@ -84,6 +87,7 @@ def main(
         parent=parent,
         drain_seconds=drain_seconds,
         log_level=log_level,
+        watching=watching,
     )
     run_node(replace(settings, model=model), options)
 

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from braid_wire.arena import ArenaOwner
+from braid_wire.devices import CPU
 from braid_wire.errors import ConfigInvalid
 from braid_wire.layers import Gqa, Kind, Role
 
@@ -30,6 +32,9 @@ from braid_orchestrator.speculative import Speculator, check_speculative
 from braid_orchestrator.store import Dtypes, Limits, Store
 from braid_orchestrator.text import Tokenizer
 from braid_orchestrator.walker import Walker
+
+if TYPE_CHECKING:
+    from braid_orchestrator.tracing import Traces
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +62,10 @@ class CellOptions:
     """Requests that may wait for a place."""
     speculative: int = 0
     """Tokens that the model's draft guesses ahead of each request; 0: none."""
+    speculative_adaptive: bool = True
+    """Whether fewer are guessed, or none, where that has shown to be faster."""
+    device: torch.device = CPU
+    """Of the body, and of parameters, pages, states and activations."""
     plan_options: Mapping[str, str] = field(default_factory=dict)
     """For the services' backends, with every Plan ("prefix_chunk_tokens": "4096")."""
 
@@ -69,6 +78,7 @@ class Cell:
         links: the two services, by kind.
         handover: Unix socket to hand arenas over at; its directory must be private.
         options: how it is set up.
+        traces: gets a trace of each request; it is the cell's to close. None: there are none.
 
     Raises:
         ConfigInvalid: the model is unknown, or cannot be loaded.
@@ -77,8 +87,14 @@ class Cell:
     """
 
     def __init__(
-        self, model: Path, links: Mapping[Kind, Link], handover: Path, options: CellOptions | None = None
+        self,
+        model: Path,
+        links: Mapping[Kind, Link],
+        handover: Path,
+        options: CellOptions | None = None,
+        traces: Traces | None = None,
     ) -> None:
+        self.traces = traces
         self.options = options or CellOptions()
         self.model = model
         config = load_config(model)
@@ -90,6 +106,7 @@ class Cell:
             LoadRequest(model, self.plans, self.options.dtype, self.options.trust_remote_code)
         )
         check_speculative(self.options.speculative, self.body)
+        self.body.to(self.options.device)
         self.owner = ArenaOwner(handover)
         refusal = self._overlap_refusal(links)
         self.store = Store(
@@ -101,8 +118,10 @@ class Cell:
             lanes=1 if refusal else 2,
             state_spacing=self.options.state_spacing if self.options.prefix_cache else 0,
             versions=VERSIONS + self.options.speculative,
+            device=self.options.device,
         )
         self.segments = segmented(self.options.segments, self.body, self.store)
+        self.metrics.model(model.name)
         self.metrics.watch_pools(self.store.memory)
         self.dispatcher = Dispatcher(
             self.store, links, self.options.dispatch, self.metrics, model.name, self.options.plan_options
@@ -120,12 +139,21 @@ class Cell:
             self.options.max_waiting,
             self._prefix_cache(),
             self._speculator(),
+            None if traces is None else traces.ended,
         )
         self.engine.start()
 
     def _speculator(self) -> Speculator | None:
-        most = self.options.speculative
-        return Speculator(self.walker, most, self.metrics) if most else None
+        options = self.options
+        if not options.speculative:
+            return None
+        return Speculator(
+            self.walker,
+            options.speculative,
+            self.metrics,
+            options.limits.max_tokens,
+            options.speculative_adaptive,
+        )
 
     def _prefix_cache(self) -> PrefixCache | None:
         if not self.options.prefix_cache:
@@ -194,6 +222,8 @@ class Cell:
         self.dispatcher.close()
         self.store.close()
         self.owner.close()
+        if self.traces is not None:
+            self.traces.close()
 
 
 def _end_tokens(model: Path, config: Mapping[str, object]) -> frozenset[int]:

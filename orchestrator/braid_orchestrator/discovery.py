@@ -31,6 +31,8 @@ class CellInfo:
     pid: int
     """Of the process that keeps it running."""
     directory: str
+    page: str = ""
+    """URL of its live page; empty: it has none."""
 
     def to_json(self) -> dict[str, Any]:
         """For `--json` and for the file."""
@@ -46,6 +48,7 @@ class CellInfo:
             model=said["model"],
             pid=said["pid"],
             directory=said["directory"],
+            page=said.get("page", ""),
         )
 
 

@@ -16,17 +16,19 @@ import torch
 from braid.v1 import attention_pb2 as pb
 from braid.v1 import common_pb2
 from braid_wire import convert, doorbell
-from braid_wire.batch import Batch
+from braid_wire.batch import Batch, IntArray
+from braid_wire.cuda_doorbell import Streams, streams_for
 from braid_wire.errors import (
+    BraidError,
     LayerPlanDisputed,
     LayerUnknown,
     StepOrder,
     ViewInvalid,
 )
 from braid_wire.layers import Kind, LayerPlan, LayerSpec, Role, digest
-from braid_wire.metrics import LayerMetrics, ProcessMetrics
+from braid_wire.metrics import ProcessMetrics
 
-from braid_orchestrator.handover import Handover
+from braid_orchestrator.handover import DeviceOrder, Handover, Kept
 from braid_orchestrator.link import Link, Walk
 from braid_orchestrator.plan_check import check_summary
 from braid_orchestrator.store import Store
@@ -44,19 +46,16 @@ class Dispatch(Enum):
     WALK = "walk"
 
 
+@dataclass(frozen=True)
 class LayerTotals:
     """What one layer side has cost so far, for Status."""
 
-    def __init__(self) -> None:
-        self.dispatches: dict[str, int] = {}
-        self.compute_s = 0.0
-        self.overhead_s = 0.0
-
-    def add(self, mode: str, compute_s: float, overhead_s: float) -> None:
-        """Count one dispatch."""
-        self.dispatches[mode] = self.dispatches.get(mode, 0) + 1
-        self.compute_s += compute_s
-        self.overhead_s += overhead_s
+    dispatches: Mapping[str, int]
+    """By mode."""
+    compute_s: float
+    overhead_s: float
+    queue_s: float
+    """In the service before the kernel began; a part of `overhead_s`."""
 
     @property
     def count(self) -> int:
@@ -75,6 +74,8 @@ class Prepared:
     point: Point
     index: int
     """Its place in the service's order."""
+    row: int
+    """In the table of layers."""
     ticket: pb.Ticket
     inputs: Mapping[str, torch.Tensor]
     output: torch.Tensor
@@ -90,6 +91,8 @@ class Dispatcher:
         metrics: of this process.
         cell: name of the cell, for the services' logs.
         plan_options: sent with every Plan; what a service does not have it ignores, which is logged once.
+        streams: this process's work on the device; None: of the store's device, if that is a GPU and a
+            service is another process.
     """
 
     def __init__(
@@ -100,22 +103,25 @@ class Dispatcher:
         metrics: ProcessMetrics,
         cell: str = "cell",
         plan_options: Mapping[str, str] | None = None,
+        streams: Streams | None = None,
     ) -> None:
         self.store = store
         self.links = links
         self.dispatch = dispatch
         self.metrics = metrics
         self.epoch = 0
+        self.cell = cell
         self.observer: StepObserver | None = None
         self.descriptions: dict[Kind, pb.DescribeResponse] = {}
         self.plan_options = dict(plan_options or {})
         self._ignored: set[tuple[Kind, str]] = set()
-        self._cell = cell
         self._walks: dict[Kind, Walk] = {}
         self._specs: dict[tuple[Role, int], LayerSpec] = {}
-        self.totals: dict[Point, LayerTotals] = {}
-        self._children: dict[Point, LayerMetrics] = {}
+        self._rows: dict[Point, int] = {}
         self._handovers: dict[Kind, Handover] = {}
+        self._kept: dict[Kind, Kept] = {}
+        remote = any(link.remote for link in links.values())
+        self.streams = streams_for(store.device, own=False) if streams is None and remote else streams
         self._prepared: dict[tuple[Role, int, int], dict[tuple[int, Kind], Prepared]] = {}
         self._tickets: dict[tuple[Role, int, int, Kind], pb.OpenStep] = {}
         self._sides: dict[Role, list[Kind]] = {}
@@ -128,8 +134,7 @@ class Dispatcher:
                 self._specs[role, spec.layer_id] = spec
             for side in SIDES:
                 for spec in plan.side(side):
-                    self.totals[role, spec.layer_id, side] = LayerTotals()
-                    self._children[role, spec.layer_id, side] = metrics.layer(role, spec, side)
+                    self._rows[role, spec.layer_id, side] = metrics.layers.row(role, spec, side)
 
     def connect(self, timeout_s: float = 30.0) -> None:
         """Wait for both services and configure them for a new epoch.
@@ -146,7 +151,7 @@ class Dispatcher:
         self.epoch = max([self.epoch, *(d.epoch for d in self.descriptions.values())]) + 1
         accepted: dict[Kind, pb.ConfigureResponse] = {}
         for kind, link in self.links.items():
-            accepted[kind] = link.configure(self.store.configure_request(kind, self.epoch, self._cell))
+            accepted[kind] = link.configure(self.store.configure_request(kind, self.epoch, self.cell))
         for role, plan in self.store.plans.items():
             check_coverage(plan, {kind: _accepted(answer, role) for kind, answer in accepted.items()})
         self.metrics.epoch.set(self.epoch)
@@ -188,10 +193,22 @@ class Dispatcher:
         self._forget_walks()
 
     def close(self) -> None:
-        """Let go of the services."""
+        """Let go of the services; those that have mapped memory of a device give it up first."""
         self._forget_walks()
+        self.metrics.layers.count()  # what waits for it keeps buffers alive
+        if self.store.device.type != "cpu":
+            self._unmap()
         for link in self.links.values():
             link.close()
+
+    def _unmap(self) -> None:
+        """Have both services forget every arena: its owner must not free what a peer has still mapped."""
+        self.epoch += 1
+        for kind, link in self.links.items():
+            try:
+                link.configure(self.store.empty_request(self.epoch, self.cell))
+            except BraidError as error:  # one that is gone has nothing mapped
+                log.info("the %s service did not give its memory up: %s", kind.value, error.message)
 
     def spec(self, role: Role, layer_id: int) -> LayerSpec:
         """The plan's layer; `LayerUnknown` for an id that is not in it."""
@@ -206,10 +223,18 @@ class Dispatcher:
         """The open stream to a service; one is opened where there is none."""
         if kind not in self._walks:
             self._walks[kind] = self.links[kind].walk()
+            self._kept[kind] = Kept()
             if self.links[kind].remote and self.descriptions[kind].doorbells and doorbell.available():
-                walk = self._walks[kind]
-                self._handovers[kind] = Handover(self.store, kind, walk, _LAYER_TIMEOUT_S)
+                walk, order = self._walks[kind], None
+                if self.streams is not None:
+                    offered = self.descriptions[kind].device_handovers
+                    order = DeviceOrder.between(self.streams, offered)
+                self._handovers[kind] = Handover(self.store, kind, walk, _LAYER_TIMEOUT_S, order)
         return self._walks[kind]
+
+    def kept(self, kind: Kind) -> Kept:
+        """What the service at the end of an open stream keeps."""
+        return self._kept[kind]
 
     def handover(self, kind: Kind) -> Handover | None:
         """The doorbells of the open stream to a service; None where layers go by messages."""
@@ -239,18 +264,29 @@ class Dispatcher:
             self._tickets[key] = pb.OpenStep(tickets=tickets)
         return self._tickets[key]
 
-    def record(self, times: StepTimes) -> None:
-        """Count the dispatches of one lane of a step."""
-        for layer in times.layers:
-            point = layer.role, layer.layer_id, layer.side
-            compute, hop = layer.compute_ns * 1e-9, layer.hop_ns * 1e-9
-            children = self._children[point]
-            children.dispatch[times.mode].inc()
-            children.seconds["compute"].observe(compute)
-            children.seconds["hop"].observe(hop)
-            self.totals[point].add(times.mode, compute, hop)
+    @property
+    def totals(self) -> dict[Point, LayerTotals]:
+        """What each layer side has cost so far."""
+        table, found = self.metrics.layers, {}
+        for point, row in self._rows.items():
+            seconds = table.seconds(row)
+            found[point] = LayerTotals(
+                table.dispatches(row), seconds["compute"], seconds["hop"], seconds["queue"]
+            )
+        return found
+
+    def record(self, step: Step, finished: int) -> None:
+        """Count the layers of one lane of a step, and tell whoever looks.
+
+        Args:
+            step: all its layers have run.
+            finished: CLOCK_MONOTONIC, nanoseconds.
+        """
+        ran = step.ran()
+        if self.metrics.recording:
+            self.metrics.layers.note(step.batch.mode, ran)
         if self.observer is not None:
-            self.observer(times)
+            self.observer(step.times(ran, finished))
 
     def note_ignored(self, side: Kind, options: Iterable[str]) -> None:
         """Log each plan option that a service does not have, the first time that it says so."""
@@ -266,13 +302,21 @@ class Dispatcher:
             inputs={name: self.store.view(tensor) for name, tensor in buffers.inputs.items()},
             output=self.store.view(buffers.output),
         )
-        return Prepared((role, spec.layer_id, side), index, ticket, buffers.inputs, buffers.output)
+        point = role, spec.layer_id, side
+        return Prepared(point, index, self._rows[point], ticket, buffers.inputs, buffers.output)
 
     def _forget_walks(self) -> None:
         walks, self._walks = self._walks, {}
         handovers, self._handovers = self._handovers, {}
+        self._kept.clear()
         for handover in handovers.values():
             handover.release()
+        if self.streams is not None and handovers:
+            bells = [bell for handover in handovers.values() for bell in handover.device_bells]
+            try:
+                self.streams.drain(bells)
+            except BraidError as error:
+                log.error("the device does not come to rest: %s", error.message)
         for walk in walks.values():
             walk.close()
 
@@ -299,10 +343,7 @@ class Opening:
         self._lanes = lanes
         self._unsent = dispatcher.sides(lanes[0].role)
         self._unsettled = list(self._unsent)
-        self._requests = [
-            pb.PlanRequest(batch=dispatcher.store.publish(batch), options=dispatcher.plan_options)
-            for batch in lanes
-        ]
+        self._published = [dispatcher.store.publish(batch) for batch in lanes]
         self._ask()
 
     def ask(self, side: Kind) -> None:
@@ -346,25 +387,43 @@ class Opening:
         """Open the lanes of the step at one service, in their order."""
         dispatcher = self._dispatcher
         walk, handover = dispatcher.walk(side), dispatcher.handover(side)
-        opened = []
-        for batch, request in zip(self._lanes, self._requests, strict=True):
-            step = pb.OpenStep()
-            step.CopyFrom(dispatcher.tickets(batch, side))
-            step.plan.CopyFrom(request)
-            opened.append(step)
         if handover is None:
-            for step in opened:
-                walk.send(pb.WalkRequest(open=step))
+            for lane in range(len(self._lanes)):
+                walk.send(self._message(side, lane, None))
             return
-        for step, bells in zip(opened, handover.begin(len(opened[0].tickets), len(opened)), strict=True):
-            step.doorbells.CopyFrom(bells)
-        handover.send(opened)
+        batch = self._lanes[0]
+        tickets = len(dispatcher.store.plans[batch.role].side(side))
+        base = handover.begin(tickets, len(self._lanes))
+        handover.send([self._message(side, lane, base) for lane in range(len(self._lanes))])
+
+    def _message(self, side: Kind, lane: int, base: int | None) -> pb.WalkRequest:
+        """What opens one lane at one service: all of it the first time, then its numbers alone."""
+        dispatcher, batch, published = self._dispatcher, self._lanes[lane], self._published[lane]
+        number, known = 0, False
+        # On a device all is said anew: what a service keeps would hold memory that its owner wants to free.
+        if dispatcher.streams is None:
+            number, known = dispatcher.kept(side).number((published, len(self._lanes), base is None))
+        if known:
+            again = pb.OpenAgain(kept=number, epoch=batch.epoch, step=batch.step, base=base or 0)
+            return pb.WalkRequest(again=again)
+        message = pb.WalkRequest(open=dispatcher.tickets(batch, side))
+        message.open.keep = number
+        message.open.plan.CopyFrom(self._request(lane))
+        handover = dispatcher.handover(side)
+        if handover is not None:
+            message.open.doorbells.CopyFrom(handover.bells()[lane])
+        return message
+
+    def _request(self, lane: int) -> pb.PlanRequest:
+        batch = self._published[lane].message(self._lanes[lane])
+        return pb.PlanRequest(batch=batch, options=self._dispatcher.plan_options)
 
     def _receive(self, side: Kind) -> list[pb.PlanSummary]:
         """What one service planned for each lane."""
         dispatcher = self._dispatcher
         if dispatcher.dispatch is Dispatch.RPC:
-            return [dispatcher.links[side].plan(request).summary for request in self._requests]
+            link = dispatcher.links[side]
+            return [link.plan(self._request(lane)).summary for lane in range(len(self._lanes))]
         handover = dispatcher.handover(side)
         if handover is not None:
             return [answer.opened.summary for answer in handover.receive(len(self._lanes))]
@@ -441,7 +500,9 @@ class Step:
         layer = self._layer(layer_id, side)
         self._post(layer)
         self._take(layer)
-        received, started, finished = self._times(layer)
+        self.arrive()
+        rung = {side: times.tolist() for side, times in self._rung().items()}
+        received, started, finished = _times(self._ran[layer.point[1:]], layer, rung)
         return common_pb2.Timing(received_ns=received, started_ns=started, finished_ns=finished)
 
     def announce(self, layer_id: int, side: Kind) -> None:
@@ -462,31 +523,34 @@ class Step:
         """Wait until the output buffer of a layer that was posted is written. Raises as `attend`."""
         self._take(self._layers[layer_id, side])
 
+    def arrive(self) -> None:
+        """Wait until the device has run the step, and see what has gone wrong; on a CPU nothing is left.
+
+        Raises:
+            BraidError: why the step failed, or that a service was lost.
+        """
+        for side in self._next:
+            handover = self._dispatcher.handover(side)
+            if handover is not None:
+                handover.arrive()
+
     def finish(self) -> None:
         """Close the step and count its layers.
 
         Raises:
             StepOrder: a layer of the plan has not run.
         """
-        left = [f"{side.value} {layer_id}" for layer_id, side in self._layers.keys() - self._ran.keys()]
-        if left:
+        if len(self._ran) != len(self._layers):
+            left = [f"{side.value} {layer_id}" for layer_id, side in self._layers.keys() - self._ran.keys()]
             raise StepOrder(f"the step ends but layers have not run: {', '.join(sorted(left))}")
         self.opening.settle()  # of a service without layers here nobody has waited
+        for side in self._next:
+            handover = self._dispatcher.handover(side)
+            if handover is not None:
+                handover.settle()
         finished = time.monotonic_ns()
         batch = self.batch
-        layers = tuple(self._layer_times(self._layers[key], stamps) for key, stamps in self._ran.items())
-        self._dispatcher.record(
-            StepTimes(
-                batch.role,
-                batch.step,
-                batch.lane,
-                batch.mode,
-                batch.num_tokens,
-                self._began,
-                finished,
-                layers,
-            )
-        )
+        self._dispatcher.record(self, finished)
         if self._dispatcher.dispatch is Dispatch.WALK:
             close = pb.WalkRequest(close=pb.CloseStep(step=batch.step, lane=batch.lane))
             for side in self._next:
@@ -512,6 +576,9 @@ class Step:
         stamps = self._ran[layer_id, side] = _Stamps(time.monotonic_ns())
         self._next[side] += 1
         handover = dispatcher.handover(side)
+        if handover is None and dispatcher.streams is not None:
+            # A message says nothing of streams: what it announces must be there.
+            dispatcher.streams.finish(lambda: None, _LAYER_TIMEOUT_S)
         if handover is not None:
             handover.post(layer.index, batch.lane)
             self.opening.proceed()
@@ -546,33 +613,93 @@ class Step:
             stamps.timing = answer.done.timing
         stamps.taken_ns = time.monotonic_ns()
 
-    def _times(self, layer: Prepared) -> tuple[int, int, int]:
-        """When the service received, started and finished a layer, nanoseconds of CLOCK_MONOTONIC."""
-        _, layer_id, side = layer.point
-        timing = self._ran[layer_id, side].timing
-        if timing is not None:
-            return timing.received_ns, timing.started_ns, timing.finished_ns
-        handover = self._dispatcher.handover(side)
-        if handover is None:
-            raise StepOrder(f"layer {layer_id} ({side.value}) has no times: its walk has ended")
-        received, started, finished = handover.times(layer.index, self.batch.lane)
-        return received, started, finished
+    def ran(self) -> Ran:
+        """When the layers that have run did so; only before the service's next step."""
+        return Ran(self._ran, self._layers, self._rung(), self._streamed())
 
-    def _layer_times(self, layer: Prepared, stamps: _Stamps) -> LayerTimes:
-        role, layer_id, side = layer.point
-        received, started, finished = self._times(layer)
-        return LayerTimes(
-            role,
-            layer_id,
-            side,
-            self.batch.lane,
-            stamps.posted_ns,
-            received,
-            started,
-            finished,
-            stamps.waited_ns,
-            stamps.taken_ns,
+    def times(self, ran: Ran, finished: int) -> StepTimes:
+        """The step, as an observer is told."""
+        batch = self.batch
+        layers = ran.times(batch.lane)
+        return StepTimes(
+            batch.role, batch.step, batch.lane, batch.mode, batch.num_tokens, self._began, finished, layers
         )
+
+    def _rung(self) -> dict[Kind, IntArray]:
+        """The times of the layers that were handed over by doorbells, by service."""
+        found = {}
+        for side in self._next:
+            handover = self._dispatcher.handover(side)
+            if handover is not None:
+                found[side] = handover.times(self.batch.lane)
+        return found
+
+    def _streamed(self) -> dict[Kind, Mapping[int, tuple[int, int]]]:
+        """When this process's stream handed layers over and had their outputs, by service and index."""
+        if self._dispatcher.streams is None:
+            return {}
+        handovers = {side: self._dispatcher.handover(side) for side in self._next}
+        lane = self.batch.lane
+        return {side: one.device_stamps(lane) for side, one in handovers.items() if one is not None}
+
+
+@dataclass(frozen=True)
+class Ran:
+    """When the layers of a step ran; called, it is a record for the table of layers."""
+
+    stamps: Mapping[tuple[int, Kind], _Stamps]
+    prepared: Mapping[tuple[int, Kind], Prepared]
+    rung: Mapping[Kind, IntArray]
+    streamed: Mapping[Kind, Mapping[int, tuple[int, int]]]
+    """Of layers that streams handed over."""
+
+    def __call__(self) -> tuple[list[int], list[tuple[int, ...]]]:
+        rows, stamps = list[int](), list[tuple[int, ...]]()
+        rung = {side: times.tolist() for side, times in self.rung.items()}
+        for key, found in self.stamps.items():
+            layer = self.prepared[key]
+            its = _times(found, layer, rung)
+            device = self.streamed.get(layer.point[2], {}).get(layer.index)
+            rows.append(layer.row)
+            if device is not None:
+                stamps.append(_on_device(device, its))
+            else:
+                stamps.append((found.posted_ns, found.waited_ns, found.taken_ns, *its))
+        return rows, stamps
+
+    def times(self, lane: int) -> tuple[LayerTimes, ...]:
+        """Each layer, as an observer is told."""
+        layers = []
+        for key, (posted, waited, taken, *its) in zip(self.stamps, self()[1], strict=True):
+            received, started, ended = its
+            point = self.prepared[key].point
+            layers.append(LayerTimes(*point, lane, posted, received, started, ended, waited, taken))
+        return tuple(layers)
+
+
+def _times(
+    found: _Stamps, layer: Prepared, rung: Mapping[Kind, Sequence[Sequence[int]]]
+) -> tuple[int, int, int]:
+    """When the service received, started and finished a layer, nanoseconds of CLOCK_MONOTONIC."""
+    if found.timing is not None:
+        return found.timing.received_ns, found.timing.started_ns, found.timing.finished_ns
+    _, layer_id, side = layer.point
+    if side not in rung:
+        raise StepOrder(f"layer {layer_id} ({side.value}) has no times: its walk has ended")
+    received, started, finished = rung[side][layer.index]
+    return received, started, finished
+
+
+def _on_device(stamps: tuple[int, int], its: tuple[int, int, int]) -> tuple[int, ...]:
+    """Posted, waited, taken, received, started and finished of a layer that streams handed over.
+
+    Both sides' streams were timed by themselves: their differences are exact, and against each other they
+    may be off by what it took a process to notice that its stream had ended.
+    """
+    (posted, taken), (_, started, finished) = stamps, its
+    compute = finished - started
+    began = max(min(started, taken - compute), posted)
+    return posted, posted, taken, began, began, began + compute
 
 
 def check_coverage(plan: LayerPlan, accepted: Mapping[Kind, pb.AcceptedLayers]) -> None:

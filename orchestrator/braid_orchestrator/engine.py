@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -24,17 +25,34 @@ from braid_orchestrator.body.base import Output
 from braid_orchestrator.guesses import Run
 from braid_orchestrator.memory import Span
 from braid_orchestrator.metrics import CellMetrics
-from braid_orchestrator.prefix_cache import PrefixCache
+from braid_orchestrator.prefix_cache import CacheStats, PrefixCache
 from braid_orchestrator.request import Failed, Finished, Request, choose_next
 from braid_orchestrator.scheduler import MAX_WAITING, Part, Scheduler
 from braid_orchestrator.speculative import Progress, Speculator
 from braid_orchestrator.store import Limits
+from braid_orchestrator.trace_context import Ended
 from braid_orchestrator.walker import Walker
 
 log = logging.getLogger(__name__)
 
 # How often to look again where engines with bodies of their own hold the memory that requests wait for.
 _BLOCKED_S = 0.01
+
+
+@dataclass(frozen=True)
+class Progressing:
+    """A request in hand, as far as it has come."""
+
+    request_id: str
+    phase: str
+    """"waiting", "prefill" or "decode"."""
+    prompt_tokens: int
+    fed_tokens: int
+    """Of the prompt and of what was made."""
+    made_tokens: int
+    max_tokens: int
+    cached_tokens: int
+    age_s: float
 
 
 @dataclass(frozen=True)
@@ -56,6 +74,7 @@ class Engine:
         max_waiting: requests that may wait.
         cache: of the target role; None: requests share nothing.
         speculator: guesses ahead for requests that decode; None: nothing does.
+        ended: told of every request that is over; None: nobody is.
     """
 
     def __init__(
@@ -67,7 +86,9 @@ class Engine:
         max_waiting: int = MAX_WAITING,
         cache: PrefixCache | None = None,
         speculator: Speculator | None = None,
+        ended: Ended | None = None,
     ) -> None:
+        self._ended = ended
         self.limits = limits
         self.vocab_size = vocab_size
         self._walker = walker
@@ -76,6 +97,9 @@ class Engine:
         memory = [walker.memory(role) for role in walker.body.plans]
         self._scheduler = Scheduler(memory, limits, max_waiting, cache)
         metrics.watch_scheduler(self._scheduler)
+        metrics.waiting_limit.set(max_waiting)
+        metrics.running_limit.set(limits.max_sequences)
+        self.max_waiting = max_waiting
         self._live: dict[str, Request] = {}
         self._change = threading.Condition()
         self._draining = False
@@ -97,6 +121,23 @@ class Engine:
         with self._change:
             return Load(len(self._scheduler.running), len(self._scheduler.waiting))
 
+    def in_hand(self, most: int) -> list[Progressing]:
+        """The oldest requests that are not over, `most` of them at most."""
+        now = time.monotonic()
+        with self._change:
+            oldest = list(islice(self._live.values(), most))
+        return [_progress(request, now) for request in oldest]
+
+    @property
+    def preemptions(self) -> int:
+        """Requests that gave way to older ones."""
+        return self._scheduler.preemptions
+
+    @property
+    def prefix_stats(self) -> CacheStats | None:
+        """What the prefix cache did so far; None where there is none."""
+        return None if self._scheduler.cache is None else self._scheduler.cache.stats
+
     def submit(self, request: Request) -> None:
         """Take a request; its events tell of it from now on.
 
@@ -106,6 +147,14 @@ class Engine:
             PoolExhausted: it could never fit.
             QueueFull: too many wait.
         """
+        try:
+            self._take(request)
+        except BraidError as error:
+            if self._ended is not None:
+                self._ended(request, Failed(error))
+            raise
+
+    def _take(self, request: Request) -> None:
         request.settle(self.vocab_size, self.limits.max_context)
         self._refuse_unable(request)
         with self._change:
@@ -202,16 +251,12 @@ class Engine:
         if self._speculator is None:
             return
         rows = hidden.split([len(part.span.tokens) for part in parts])
-        counts = _kept(parts, runs)
-        for part, count in zip(parts, counts, strict=True):
-            if part.span.mode is Mode.VERIFY:
-                self._speculator.count(len(part.span.tokens) - 1, count - 1)
-        self._speculator.follow(
-            [
-                Progress(part.request, piece[:count])
-                for part, piece, count in zip(parts, rows, counts, strict=True)
-            ]
-        )
+        progress = [
+            Progress(part.request, part.span, piece[:count])
+            for part, piece, count in zip(parts, rows, _kept(parts, runs), strict=True)
+        ]
+        self._speculator.learn(progress)
+        self._speculator.follow(progress)
 
     def _draft(self, parts: Sequence[Part], hidden: torch.Tensor) -> None:
         """Let the draft follow a committed step, for the requests that want it.
@@ -249,22 +294,34 @@ class Engine:
                 if part.request.memory.released:
                     continue
                 self._metrics.prompt_tokens.inc(_prompt_tokens(part))
-                finished = self._advance(part.request, piece, run)
+                finished = self._advanced(part.request, piece, run)
                 if not isinstance(finished, Failed):
                     self._scheduler.settle(part.request)
                 if finished is not None:
                     self._end(part.request, finished)
 
+    def _advanced(self, request: Request, logits: torch.Tensor, run: Run) -> Finished | Failed | None:
+        """As `_advance`; what is wrong with one request, its text for one, ends that request alone."""
+        try:
+            return self._advance(request, logits, run)
+        except Exception as error:
+            log.exception("request %s failed by our own fault", request.request_id)
+            return Failed(ServiceFault(f"{type(error).__name__}: {error}"))
+
     def _advance(self, request: Request, logits: torch.Tensor, run: Run) -> Finished | Failed | None:
         """Give a request what a step chose for it, as far as it lasts."""
         finished: Finished | Failed | None = None
+        made = 0
         for choice in run or (None,):
             before = request.made
             finished = request.advance(logits, choice)
             if request.made > before:
                 self._note_token(request)
+                made += 1
             if finished is not None:
                 break
+        if made:
+            self._metrics.generated_tokens.inc(made)
         return finished
 
     def _fail(self, parts: Sequence[Part], error: BraidError) -> None:
@@ -294,6 +351,8 @@ class Engine:
         self._metrics.request_seconds.observe(request.ended - request.arrived)
         if (slowdown := request.slowdown) is not None:
             self._metrics.slowdown.observe(slowdown)
+        if self._ended is not None:
+            self._ended(request, event)
         request.tell(event)
         self._note_load()
         self._change.notify_all()
@@ -301,15 +360,29 @@ class Engine:
     def _note_token(self, request: Request) -> None:
         now = time.monotonic()
         if request.last_token is None:
+            request.first_token = now
             self._metrics.time_to_first.observe(now - request.arrived)
         else:
             self._metrics.inter_token.observe(now - request.last_token)
         request.last_token = now
-        self._metrics.generated_tokens.inc()
 
     def _note_load(self) -> None:
         self._metrics.running.set(len(self._scheduler.running))
         self._metrics.waiting.set(len(self._scheduler.waiting))
+
+
+def _progress(request: Request, now: float) -> Progressing:
+    working = "decode" if request.made else "prefill"
+    return Progressing(
+        request_id=request.request_id,
+        phase="waiting" if request.began is None else working,
+        prompt_tokens=len(request.prompt),
+        fed_tokens=request.memory.length,
+        made_tokens=request.made,
+        max_tokens=request.max_tokens or 0,
+        cached_tokens=request.cached_tokens,
+        age_s=now - request.arrived,
+    )
 
 
 def _rows(parts: Sequence[Part]) -> IntArray:

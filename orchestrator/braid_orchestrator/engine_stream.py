@@ -59,7 +59,7 @@ class EngineStream:
         try:
             return self._handle(message)
         except BraidError as error:
-            self._cell.metrics.refused(error.reason)
+            self._cell.metrics.refused(error)
             self._forget_step()
             return pb.EngineResponse(failed=to_status(error))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from braid_wire.batch import Batch, IntArray
+from braid_wire.devices import upload
 
 from braid_orchestrator.body.base import Output
 from braid_orchestrator.dispatcher import Step
@@ -60,11 +61,15 @@ def forward(lanes: Sequence[Lane], rows: IntArray, hidden: torch.Tensor | None) 
     for index in range(len(lanes[0].body.segments)):
         for lane in lanes:
             lane.run(index, alone=len(lanes) == 1)
-    lanes[0].step.announce_next()
     if len(lanes) == 1:
         body = lanes[0].body
-        return Output(body.result(), body.logits(torch.from_numpy(np.asarray(rows))))
-    return _joined(lanes, sizes, rows)
+        output = Output(body.result(), body.logits(torch.from_numpy(np.asarray(rows))))
+    else:
+        output = _joined(lanes, sizes, rows)
+    for lane in lanes:
+        lane.step.arrive()
+    lanes[0].step.announce_next()
+    return output
 
 
 def _joined(lanes: Sequence[Lane], sizes: Sequence[int], rows: IntArray) -> Output:
@@ -75,8 +80,8 @@ def _joined(lanes: Sequence[Lane], sizes: Sequence[int], rows: IntArray) -> Outp
     for index, lane in enumerate(lanes):
         logits.append(lane.body.logits(torch.from_numpy(rows[lane_of == index] - begins[index])))
     order = torch.from_numpy(np.argsort(np.argsort(lane_of, kind="stable"), kind="stable"))
-    hidden = torch.cat([lane.body.result() for lane in lanes])
-    return Output(hidden, torch.cat(logits)[order])
+    hidden, joined = torch.cat([lane.body.result() for lane in lanes]), torch.cat(logits)
+    return Output(hidden, joined[upload(order, joined.device)])
 
 
 def _positions(batch: Batch) -> torch.Tensor:

@@ -3,7 +3,7 @@
     python -m braid_orchestrator.gateway --worker 127.0.0.1:9500 --worker 127.0.0.1:9501 --port 8000
 
 It speaks `vllm.grpc.engine.VllmEngine` to every cell, makes text of their tokens, and takes turns
-between them. It has no authentication of its own, so it serves on this machine alone.
+between them. It has no authentication of its own, so it serves on this machine alone unless told otherwise.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ GATEWAY = "gateway"
 PORT = 8000
 METRICS_PORT = 9403
 HOST = "127.0.0.1"
+_EVERYWHERE = ("0.0.0.0", "::")
 EXTRA = "gateway"
 
 START_TIMEOUT_S = 60.0
@@ -202,6 +203,13 @@ def _command(workers: Sequence[str], ports: tuple[int, int], log_level: str) -> 
 
 @click.command("braid-gateway")
 @click.option("--worker", "workers", multiple=True, required=True, metavar="HOST:PORT", help="A cell.")
+@click.option(
+    "--host",
+    default=HOST,
+    show_default=True,
+    help="Literal address of HTTP and /metrics. There is no authentication: beyond loopback, only in a "
+    "network namespace whose published ports you control.",
+)
 @click.option("--port", type=click.IntRange(1, 65535), default=PORT, show_default=True, help="Of HTTP.")
 @click.option(
     "--metrics-port",
@@ -212,7 +220,9 @@ def _command(workers: Sequence[str], ports: tuple[int, int], log_level: str) -> 
 )
 @click.option("--parent", type=int, help="Process id of the parent; this process ends when it does.")
 @log_level_option()
-def main(workers: tuple[str, ...], port: int, metrics_port: int, parent: int | None, log_level: str) -> None:
+def main(
+    workers: tuple[str, ...], host: str, port: int, metrics_port: int, parent: int | None, log_level: str
+) -> None:
     """Serve the OpenAI API over cells.
 
     Prints one line of JSON on stdout once a cell can be asked. Exits with 0 after SIGTERM.
@@ -221,13 +231,13 @@ def main(workers: tuple[str, ...], port: int, metrics_port: int, parent: int | N
     if parent is not None:
         die_with_parent(parent)
     check_installed()
-    announcer = threading.Thread(target=_announce, args=(port, metrics_port), daemon=True)
+    announcer = threading.Thread(target=_announce, args=(host, port, metrics_port), daemon=True)
     announcer.start()
     # Its command line, in this process: a child of ours would need a supervisor of its own.
     from smg.cli import main as smg
 
     try:
-        smg(["launch", *_arguments(workers, port, metrics_port, log_level)])
+        smg(["launch", *_arguments(workers, (host, port, metrics_port), log_level)])
     except Exception as error:
         fault = ServiceFault(f"the gateway failed: {error}")
         print(json.dumps({"error": {"reason": fault.reason, "message": fault.message}}), flush=True)
@@ -235,12 +245,13 @@ def main(workers: tuple[str, ...], port: int, metrics_port: int, parent: int | N
     sys.exit(EXIT_OK)
 
 
-def _arguments(workers: Sequence[str], port: int, metrics_port: int, log_level: str) -> list[str]:
-    """Of `smg launch`."""
+def _arguments(workers: Sequence[str], at: tuple[str, int, int], log_level: str) -> list[str]:
+    """Of `smg launch`; `at` is its host, port and metrics port."""
+    host, port, metrics_port = at
     options = {
-        "--host": HOST,
+        "--host": host,
         "--port": port,
-        "--prometheus-host": HOST,
+        "--prometheus-host": host,
         "--prometheus-port": metrics_port,
         "--log-level": _LOG_LEVELS[log_level.lower()],
         **_MANNERS,
@@ -250,18 +261,19 @@ def _arguments(workers: Sequence[str], port: int, metrics_port: int, log_level: 
     return [*words, *switches, "--worker-urls", *(f"grpc://{worker}" for worker in workers)]
 
 
-def _announce(port: int, metrics_port: int) -> None:
+def _announce(host: str, port: int, metrics_port: int) -> None:
     """Say where it serves, once it could answer: it knows a cell, and has its tokenizer."""
-    while not (_ask(port, "/readiness") and _ask(port, "/v1/tokenizers").get("tokenizers")):
+    asked = HOST if host in _EVERYWHERE else host
+    while not (_ask(asked, port, "/readiness") and _ask(asked, port, "/v1/tokenizers").get("tokenizers")):
         time.sleep(_POLL_S)
-    url = f"http://{HOST}:{port}"
+    url = f"http://{asked}:{port}"
     ready = {"service": GATEWAY, "address": url, "metrics_port": metrics_port, "pid": os.getpid()}
     print(json.dumps(ready), flush=True)
 
 
-def _ask(port: int, path: str) -> dict[str, Any]:
+def _ask(host: str, port: int, path: str) -> dict[str, Any]:
     """What it answers in JSON; empty where it refuses, or does not answer yet."""
-    connection = http.client.HTTPConnection(HOST, port, timeout=_ASK_S)
+    connection = http.client.HTTPConnection(host, port, timeout=_ASK_S)
     try:
         connection.request("GET", path)
         response = connection.getresponse()

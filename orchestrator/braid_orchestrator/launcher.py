@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from braid_wire.layers import Kind
 from braid_wire.metrics import PORTS, ProcessMetrics, versions
@@ -23,6 +24,8 @@ from braid_orchestrator.client import Client
 from braid_orchestrator.discovery import CellInfo, publish
 from braid_orchestrator.settings import Settings
 from braid_orchestrator.supervisor import Program, Ready, Supervisor, Watch
+from braid_orchestrator.threads import use_threads
+from braid_orchestrator.watching import Watching
 
 if TYPE_CHECKING:
     from braid_wire.attention_host import AttentionHost
@@ -50,12 +53,14 @@ class Endpoints:
         metrics_ports: of each process; 0, or none: a free one.
         metrics_host: of all three.
         tls: for every address of `grpc`.
+        watching: its live page and its traces.
     """
 
     grpc: tuple[str, ...] = ()
     metrics_ports: dict[str, int] = field(default_factory=dict)
     metrics_host: str = "127.0.0.1"
     tls: Tls | None = None
+    watching: Watching = field(default_factory=Watching)
 
     @classmethod
     def usual_ports(cls, first: int) -> dict[str, int]:
@@ -149,6 +154,7 @@ def _supervised(supervisor: Supervisor, settings: Settings, runtime: RuntimeDire
             model=str(settings.model),
             pid=os.getpid(),
             directory=str(runtime.path),
+            page=ready[ORCHESTRATOR].page,
         )
         publish(info)
         yield Launched(info, supervisor)
@@ -168,33 +174,16 @@ def _programs(
     """The three processes of a cell."""
     threads = thread_count(settings.threads)
     settings = replace(settings, threads=threads)
-    # Libraries that read the variable must agree with the option.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "BRAID_LOG": log_level}
-
-    def common(name: str, before: Ready | None) -> list[str]:
-        port = before.metrics_port if before is not None else endpoints.metrics_ports.get(name, 0)
-        return [
-            *(sys.executable, "-m", MODULES[name]),
-            *("--metrics-port", str(port)),
-            *("--metrics-host", endpoints.metrics_host),
-            *("--parent", str(os.getpid())),
-            *("--log-level", log_level),
-        ]
-
-    def service(name: str, before: Ready | None) -> list[str]:
-        return [
-            *common(name, before),
-            *("--address", service_address(directory, name)),
-            *("--threads", str(threads)),
-            *("--grace-seconds", str(_SERVICE_GRACE_S)),
-        ]
 
     def orchestrator(before: Ready | None) -> list[str]:
         grpc = before.addresses[1:] if before is not None else endpoints.grpc
-        tls = endpoints.tls
+        tls, watching = endpoints.tls, endpoints.watching
+        if before is not None and before.page:
+            watching = replace(watching, page_port=urlsplit(before.page).port)
         return [
-            *common(ORCHESTRATOR, before),
+            *_command(ORCHESTRATOR, before, endpoints, log_level),
             *settings.arguments(),
+            *watching.arguments(),
             *("--address", service_address(directory, ORCHESTRATOR)),
             *(word for address in grpc for word in ("--grpc", address)),
             *("--full", service_address(directory, FULL)),
@@ -204,25 +193,73 @@ def _programs(
             *(("--tls-cert", str(tls.certificate), "--tls-key", str(tls.key)) if tls is not None else ()),
         ]
 
+    environment = _environment(threads, log_level)
     return [
-        Program(FULL, lambda before: service(FULL, before), environment, 1, _SERVICE_GRACE_S),
-        Program(LINEAR, lambda before: service(LINEAR, before), environment, 1, _SERVICE_GRACE_S),
+        *service_programs(endpoints, directory, threads, log_level, settings.device),
         Program(ORCHESTRATOR, orchestrator, environment, 0, drain_seconds),
     ]
 
 
-def embedded_hosts(threads: int) -> dict[Kind, AttentionHost]:
-    """Both services' hosts, with their kernels loaded, in this process."""
-    import torch
+def service_programs(
+    endpoints: Endpoints, directory: Path, threads: int, log_level: str, device: str = "cpu"
+) -> list[Program]:
+    """The two attention services of a cell.
+
+    Args:
+        directory: holds their sockets (`service_address`).
+        threads: of each.
+        device: where their kernels run.
+    """
+
+    def service(name: str, before: Ready | None) -> list[str]:
+        return [
+            *_command(name, before, endpoints, log_level),
+            *("--address", service_address(directory, name)),
+            *("--threads", str(threads)),
+            *("--device", device),
+            *("--grace-seconds", str(_SERVICE_GRACE_S)),
+        ]
+
+    environment = _environment(threads, log_level)
+    return [
+        Program(FULL, lambda before: service(FULL, before), environment, 1, _SERVICE_GRACE_S),
+        Program(LINEAR, lambda before: service(LINEAR, before), environment, 1, _SERVICE_GRACE_S),
+    ]
+
+
+def _environment(threads: int, log_level: str) -> dict[str, str]:
+    # Libraries that read the variable must agree with the option.
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "BRAID_LOG": log_level}
+
+
+def _command(name: str, before: Ready | None, endpoints: Endpoints, log_level: str) -> list[str]:
+    """What every process of a cell is started with."""
+    port = before.metrics_port if before is not None else endpoints.metrics_ports.get(name, 0)
+    return [
+        *(sys.executable, "-m", MODULES[name]),
+        *("--metrics-port", str(port)),
+        *("--metrics-host", endpoints.metrics_host),
+        *("--parent", str(os.getpid())),
+        *("--log-level", log_level),
+    ]
+
+
+def embedded_hosts(threads: int, device: str = "cpu") -> dict[Kind, AttentionHost]:
+    """Both services' hosts, with their kernels loaded, in this process.
+
+    On a GPU their kernels go to the caller's stream, behind what the body has put there.
+    """
     from braid_full_attn.core import load as load_full
     from braid_linear_attn.core import load as load_linear
     from braid_wire.attention_host import AttentionHost
 
-    torch.set_num_threads(threads)
+    use_threads(threads)
     version = versions(("braid-attention",))["braid-attention"]
     return {
-        Kind.FULL: AttentionHost(load_full("auto", threads), ProcessMetrics(FULL, version)),
-        Kind.LINEAR: AttentionHost(load_linear("auto", threads), ProcessMetrics(LINEAR, version)),
+        Kind.FULL: AttentionHost(load_full("auto", threads, device=device), ProcessMetrics(FULL, version)),
+        Kind.LINEAR: AttentionHost(
+            load_linear("auto", threads, device=device), ProcessMetrics(LINEAR, version)
+        ),
     }
 
 
@@ -238,7 +275,7 @@ def _embedded(
     from braid_orchestrator.node import HANDOVER_SOCKET, Node, free_socket
 
     transformers_logging.disable_progress_bar()
-    hosts = embedded_hosts(thread_count(settings.threads))
+    hosts = embedded_hosts(thread_count(settings.threads), settings.device)
     links = {kind: EmbeddedLink(kind, host) for kind, host in hosts.items()}
     ports, host_name = endpoints.metrics_ports, endpoints.metrics_host
     with ExitStack() as closing:
@@ -251,8 +288,9 @@ def _embedded(
         node = Node([service_address(runtime.path, ORCHESTRATOR), *endpoints.grpc], endpoints.tls)
         closing.callback(node.stop)
         handover = free_socket(runtime.path / HANDOVER_SOCKET)
-        cell = Cell(settings.model, links, handover, settings.cell_options())
-        node.serve(cell, ports.get(ORCHESTRATOR, 0), host_name)
+        traces = endpoints.watching.traces(settings.model.name)
+        cell = Cell(settings.model, links, handover, settings.cell_options(), traces)
+        node.serve(cell, ports.get(ORCHESTRATOR, 0), host_name, endpoints.watching)
         watch(ORCHESTRATOR, "ready")
         info = CellInfo(
             address=node.addresses[0],
@@ -261,6 +299,7 @@ def _embedded(
             model=str(settings.model),
             pid=os.getpid(),
             directory=str(runtime.path),
+            page=node.page,
         )
         publish(info)
         yield Launched(info, None)

@@ -23,6 +23,10 @@ Response = TypeVar("Response")
 class Walk(ABC):
     """A stream of steps to one service; every message but a close has one answer."""
 
+    on_lost: Callable[[], None] = staticmethod(lambda: None)
+    """Called, by any thread, when the service is lost: the walk's own thread may be held by a device that
+    waits for it."""
+
     @abstractmethod
     def send(self, request: pb.WalkRequest) -> None:
         """Send a message."""
@@ -61,8 +65,12 @@ class Link(ABC):
         self.address = address
 
     @abstractmethod
-    def describe(self) -> pb.DescribeResponse:
-        """What the service is and can do; `ServiceLost` where it does not answer."""
+    def describe(self, timeout_s: float | None = None) -> pb.DescribeResponse:
+        """What the service is and can do; `ServiceLost` or `StepTimeout` where it does not answer.
+
+        Args:
+            timeout_s: longest wait; None: as long as for any call.
+        """
 
     @abstractmethod
     def configure(self, request: pb.ConfigureRequest) -> pb.ConfigureResponse:
@@ -111,8 +119,8 @@ class RemoteLink(Link):
         """Name and address, for errors."""
         return f"the {self.name} service at {self.address}"
 
-    def describe(self) -> pb.DescribeResponse:
-        return self._call(self._stub.Describe, pb.DescribeRequest())
+    def describe(self, timeout_s: float | None = None) -> pb.DescribeResponse:
+        return self._call(self._stub.Describe, pb.DescribeRequest(), timeout_s)
 
     def configure(self, request: pb.ConfigureRequest) -> pb.ConfigureResponse:
         return self._call(self._stub.Configure, request)
@@ -137,9 +145,11 @@ class RemoteLink(Link):
     def close(self) -> None:
         self._channel.close()
 
-    def _call(self, method: Callable[..., Response], request: object) -> Response:
+    def _call(
+        self, method: Callable[..., Response], request: object, timeout_s: float | None = None
+    ) -> Response:
         try:
-            return method(request, timeout=self._timeout)
+            return method(request, timeout=timeout_s or self._timeout)
         except grpc.RpcError as error:
             raise from_rpc_error(error, self.peer) from error
 
@@ -192,6 +202,7 @@ class _RemoteWalk(Walk):
             self._inbox.put(ServiceLost(f"{self._peer} ended the walk", peer=self._peer))
         except grpc.RpcError as error:
             self._inbox.put(from_rpc_error(error, self._peer))
+        self.on_lost()
 
 
 class EmbeddedLink(Link):
@@ -203,7 +214,7 @@ class EmbeddedLink(Link):
         super().__init__(kind, "embedded")
         self._host = host
 
-    def describe(self) -> pb.DescribeResponse:
+    def describe(self, timeout_s: float | None = None) -> pb.DescribeResponse:
         return self._host.describe()
 
     def configure(self, request: pb.ConfigureRequest) -> pb.ConfigureResponse:

@@ -9,7 +9,7 @@ sequence that begins behind a shared prefix writes its states and its further pa
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 
@@ -88,6 +88,18 @@ class Staged:
     """Of each span: number of its first tokens → slot of the state behind them."""
 
 
+@dataclass
+class VersionCounts:
+    """Versions of recurrent states that steps wrote, by what became of them."""
+
+    committed: int = 0
+    """Became a sequence's state, or one that the prefix cache keeps."""
+    dropped: int = 0
+    """Were not taken: of drafted tokens that were rejected, or between two that were accepted."""
+    aborted: int = 0
+    """Were forgotten with their step."""
+
+
 class RoleMemory:
     """The pages and slots of one role.
 
@@ -103,6 +115,7 @@ class RoleMemory:
         self.pages = pages
         self.slots = slots
         self.page_size = page_size
+        self.versions = VersionCounts()
         # Engines that own their bodies take part from threads of their own.
         self.lock = threading.RLock()
 
@@ -198,6 +211,44 @@ class RoleMemory:
                 memory.slot = slot
             memory.length = length
 
+    def fork(
+        self, memory: SequenceMemory, sequence_id: int, copy_page: Callable[[int, int], None]
+    ) -> SequenceMemory:
+        """Another sequence that begins with all that this one has.
+
+        Full pages and the state are shared, for nobody writes to them again; the page that is partly
+        filled is copied.
+
+        Args:
+            sequence_id: of the new one.
+            copy_page: (from, to): copies the content of a page in every layer.
+
+        Raises:
+            PoolExhausted: there is no page for the copy; nothing was taken.
+            StepOrder: the sequence is in a step.
+            ReferenceStale: it was released.
+        """
+        with self.lock:
+            if memory.staged:
+                raise StepOrder(f"sequence {memory.sequence_id} is in a step", sequence_id=memory.sequence_id)
+            if memory.released:
+                raise ReferenceStale(
+                    f"sequence {memory.sequence_id} was released", sequence_id=memory.sequence_id
+                )
+            found = SequenceMemory(sequence_id, memory.length)
+            if self.pages is not None:
+                whole = memory.length // self.page_size
+                if memory.length % self.page_size:
+                    (page,) = self.pages.take(1)
+                    copy_page(memory.pages[whole], page)
+                    found.pages.append(page)
+                self.pages.hold(memory.pages[:whole])
+                found.pages[:0] = memory.pages[:whole]
+            if self.slots is not None and memory.slot != NO_SLOT:
+                self.slots.hold([memory.slot])
+                found.slot = memory.slot
+            return found
+
     def exchange(self, memory: SequenceMemory, index: int, page: int) -> None:
         """A sequence holds another page with the same content in the place of one that it filled."""
         with self.lock:
@@ -247,19 +298,26 @@ class RoleMemory:
                 raise StepOrder(f"a {span.mode.value} span of {len(span.tokens)} tokens cannot keep {count}")
         with self.lock:
             current: dict[int, int] = {}
+            written_slots = {slot for written in staged.written for slot in written.values()}
             for span, count, written in zip(staged.spans, counts, staged.written, strict=True):
                 for number in span.keep:
                     if number <= count and written:
                         span.memory.kept[span.memory.length + number] = written[number]
                 span.memory.length += count
                 current[id(span.memory)] = written.get(count, NO_SLOT)
+            taken = set(current.values())
             for memory in _memories(staged.spans):
+                taken.update(memory.kept.values())
                 self._make_current(memory, current[id(memory)])
                 self._settle(memory)
+            committed = len(written_slots & taken)
+            self.versions.committed += committed
+            self.versions.dropped += len(written_slots) - committed
 
     def abort(self, staged: Staged) -> None:
         """Forget the step: the states it may have written are void, all else is as before."""
         with self.lock:
+            self.versions.aborted += sum(len(set(written.values())) for written in staged.written)
             for memory in _memories(staged.spans):
                 if self.slots is not None:
                     for slot in memory.spares:
@@ -341,19 +399,24 @@ class RoleMemory:
     def _batch(
         self, spans: Seq[Span], written: Seq[Mapping[int, int]], epoch: int, step: int, lane: int
     ) -> Batch:
-        lengths = np.array([len(span.tokens) for span in spans], dtype=np.int32)
+        lengths = [len(span.tokens) for span in spans]
         context = np.array([span.memory.length + span.follows for span in spans], dtype=np.int32)
-        cu_seqlens = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
-        starts = np.repeat(context - cu_seqlens[:-1], lengths)
-        positions = (np.arange(cu_seqlens[-1]) + starts).astype(np.int64)
+        cu_seqlens = np.zeros(len(spans) + 1, dtype=np.int32)
+        np.cumsum(lengths, out=cu_seqlens[1:])
+        # Small batches make many steps, and every call of numpy costs as much as a layer's hand-over.
+        positions = context.astype(np.int64)
+        if max(lengths) > 1 or min(lengths) < 1:
+            starts = np.repeat(positions - cu_seqlens[:-1], lengths)
+            positions = np.arange(int(cu_seqlens[-1])) + starts
+        tokens = [span.tokens for span in spans]
         return Batch(
             role=self.role,
             epoch=epoch,
             step=step,
             lane=lane,
-            input_ids=np.concatenate([span.tokens for span in spans]).astype(np.int64),
+            input_ids=np.concatenate(tokens, dtype=np.int64),
             positions=positions,
-            mrope_positions=_mrope(spans, np.split(positions, cu_seqlens[1:-1])),
+            mrope_positions=_mrope(spans, positions, cu_seqlens),
             cu_seqlens=cu_seqlens,
             context_lens=context,
             modes=np.array([MODE_CODES[span.mode] for span in spans], dtype=np.uint8),
@@ -369,9 +432,14 @@ class RoleMemory:
         counts = [
             self.pages_for(length + len(span.tokens)) for length, span in zip(context, spans, strict=True)
         ]
-        table = np.full((len(spans), max(counts)), NO_PAGE, dtype=np.int32)
-        for row, span, count in zip(table, spans, counts, strict=True):
-            row[:count] = span.memory.pages[:count]
+        most = max(counts)
+        table = np.array(
+            [
+                span.memory.pages[:count] + [NO_PAGE] * (most - count)
+                for span, count in zip(spans, counts, strict=True)
+            ],
+            dtype=np.int32,
+        )
         return {"page_table": table, "page_generations": self.pages.generations(table)}
 
     def _state_fields(
@@ -385,10 +453,12 @@ class RoleMemory:
             [before if s.follows else s.memory.slot for s, before in zip(spans, handed[:-1], strict=True)],
             dtype=np.int32,
         )
-        state_out = np.full(int(cu_seqlens[-1]), NO_SLOT, dtype=np.int32)
-        for begin, slots in zip(cu_seqlens[:-1].tolist(), written, strict=True):
+        begins = cu_seqlens.tolist()
+        places = [NO_SLOT] * begins[-1]
+        for begin, slots in zip(begins, written, strict=False):
             for number, slot in slots.items():
-                state_out[begin + number - 1] = slot
+                places[begin + number - 1] = slot
+        state_out = np.array(places, dtype=np.int32)
         return {
             "state_in": state_in,
             "state_in_generations": self.slots.generations(state_in),
@@ -397,14 +467,14 @@ class RoleMemory:
         }
 
 
-def _mrope(spans: Seq[Span], positions: Seq[IntArray]) -> IntArray | None:
+def _mrope(spans: Seq[Span], positions: IntArray, cu_seqlens: IntArray) -> IntArray | None:
     """int64 [3, T] where a span has such positions; text among it has its own in all three rows."""
     if all(span.mrope is None for span in spans):
         return None
     return np.concatenate(
         [
             np.broadcast_to(text, (3, len(text))) if span.mrope is None else span.mrope
-            for span, text in zip(spans, positions, strict=True)
+            for span, text in zip(spans, np.split(positions, cu_seqlens[1:-1]), strict=True)
         ],
         axis=1,
     )

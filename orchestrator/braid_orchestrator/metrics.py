@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from braid_wire.errors import BraidError
 from braid_wire.layers import Role
-from braid_wire.metrics import LATENCY_BUCKETS, MODES, TOKEN_BUCKETS, ProcessMetrics
+from braid_wire.metrics import LATENCY_BUCKETS, MODES, TOKEN_BUCKETS, ProcessMetrics, TallyMetric
 from prometheus_client import Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, UnknownMetricFamily
 from prometheus_client.registry import Collector
 
 from braid_orchestrator.memory import RoleMemory
 from braid_orchestrator.pool import Pool
+from braid_orchestrator.recent import RecentErrors
 
 if TYPE_CHECKING:
     from braid_orchestrator.scheduler import Scheduler
@@ -27,6 +30,7 @@ class CellMetrics(ProcessMetrics):
 
     def __init__(self, version: str) -> None:
         super().__init__("orchestrator", version)
+        self.errors = RecentErrors()
         registry = self.registry
         seconds = Histogram(
             "braid_step_seconds", "Time of a step.", ["mode"], buckets=LATENCY_BUCKETS, registry=registry
@@ -39,7 +43,9 @@ class CellMetrics(ProcessMetrics):
             "braid_replays", "Steps run again after a service was lost.", registry=registry
         )
         self.time_to_first = _requests("braid_request_first_token_seconds", "Arrival to first token.", self)
-        self.inter_token = _requests("braid_request_inter_token_seconds", "Between two tokens.", self)
+        self.inter_token = TallyMetric(
+            "braid_request_inter_token_seconds", "Between two tokens.", REQUEST_BUCKETS, registry
+        )
         self.request_seconds = _requests("braid_request_seconds", "Arrival to end.", self)
         self.queue_seconds = _requests("braid_request_queue_seconds", "Arrival to first step.", self)
         self.slowdown = Histogram(
@@ -50,6 +56,12 @@ class CellMetrics(ProcessMetrics):
         )
         self.running = Gauge("braid_requests_running", "Requests that run.", registry=registry)
         self.waiting = Gauge("braid_requests_waiting", "Requests that wait.", registry=registry)
+        self.waiting_limit = Gauge(
+            "braid_requests_waiting_limit", "Requests that may wait.", registry=registry
+        )
+        self.running_limit = Gauge(
+            "braid_requests_running_limit", "Sequences that one step takes.", registry=registry
+        )
         self.finished = Counter(
             "braid_requests_finished", "Requests that ended, by how.", ["outcome"], registry=registry
         )
@@ -60,8 +72,15 @@ class CellMetrics(ProcessMetrics):
         )
         self.accepted_tokens, self.rejected_tokens = drafted.labels("accepted"), drafted.labels("rejected")
 
+    def refused(self, error: BraidError) -> None:
+        """Count a request that an error ended, and remember the error."""
+        super().refused(error)
+        self.errors.note(error)
+
     def step(self, mode: str, tokens: int, seconds: float) -> None:
         """Count one step."""
+        if not self.recording:
+            return
         self._step_seconds[mode].observe(seconds)
         self._step_tokens.observe(tokens)
 
@@ -80,17 +99,36 @@ class CellMetrics(ProcessMetrics):
                 ["role"],
                 registry=self.registry,
             )
-            total = Gauge(f"braid_{name}_total", f"{name.title()} in all.", ["role"], registry=self.registry)
+            totals: dict[str, int] = {}
             for role, parts in memory.items():
                 pool: Pool | None = parts.pages if name == "pages" else parts.slots
                 if pool is not None:
                     used.labels(role.value).set_function(_reader(pool))
                     cached.labels(role.value).set_function(_cached_bytes(pool))
-                    total.labels(role.value).set(pool.total)
+                    totals[role.value] = pool.total
+            self.registry.register(_PoolTotals(name, totals))
+
+        self.registry.register(_VersionCounts(memory))
 
     def watch_scheduler(self, scheduler: Scheduler) -> None:
         """Publish preemptions and what the prefix cache did, read at every scrape."""
         self.registry.register(_SchedulerCounts(scheduler))
+
+
+class _PoolTotals(Collector):
+    """How many units the pools have. Without a type: conventions keep `_total` for counters."""
+
+    def __init__(self, name: str, totals: Mapping[str, int]) -> None:
+        self._name = name
+        self._totals = totals
+
+    def collect(self) -> Iterator[UnknownMetricFamily]:
+        family = UnknownMetricFamily(
+            f"braid_{self._name}_total", f"{self._name.title()} in all.", labels=["role"]
+        )
+        for role, total in self._totals.items():
+            family.add_metric([role], total)
+        yield family
 
 
 class _SchedulerCounts(Collector):
@@ -112,6 +150,25 @@ class _SchedulerCounts(Collector):
             }
         for name, (text, value) in counts.items():
             yield CounterMetricFamily(name, text, value=value)
+
+
+class _VersionCounts(Collector):
+    """Versions of states, which the memory of each role counts by itself."""
+
+    def __init__(self, memory: Mapping[Role, RoleMemory]) -> None:
+        self._memory = memory
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        family = CounterMetricFamily(
+            "braid_state_versions",
+            "Versions of recurrent states that steps wrote, by what became of them.",
+            labels=("role", "outcome"),
+        )
+        for role, memory in self._memory.items():
+            if memory.slots is not None:
+                for outcome, count in asdict(memory.versions).items():
+                    family.add_metric((role.value, outcome), count)
+        yield family
 
 
 def _requests(name: str, text: str, metrics: ProcessMetrics) -> Histogram:

@@ -9,12 +9,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-import torch
 from braid.v1 import orchestrator_pb2_grpc
 from braid_wire.errors import BraidError, ServiceFault, ServiceLost
 from braid_wire.layers import Kind
@@ -36,8 +35,11 @@ from braid_orchestrator.cell import Cell
 from braid_orchestrator.frontends import vllm_engine
 from braid_orchestrator.frontends.vllm_engine import VllmEngineServicer
 from braid_orchestrator.link import RemoteLink
+from braid_orchestrator.page import Page, Place
 from braid_orchestrator.servicer import SERVICE_NAME, OrchestratorServicer
 from braid_orchestrator.settings import Settings
+from braid_orchestrator.threads import use_threads
+from braid_orchestrator.watching import Watching
 
 log = logging.getLogger(__name__)
 
@@ -64,10 +66,11 @@ class NodeOptions:
     parent: int | None
     drain_seconds: float
     log_level: str
+    watching: Watching = field(default_factory=Watching)
 
 
 class Node:
-    """A cell behind its gRPC server and its `/metrics`.
+    """A cell behind its gRPC server, its `/metrics` and its page.
 
     The server is made first, so that a taken address is refused before a model is loaded.
 
@@ -82,6 +85,7 @@ class Node:
     def __init__(self, addresses: Sequence[str], tls: Tls | None = None) -> None:
         self._cell: Cell | None = None
         self._endpoint: MetricsEndpoint | None = None
+        self._page: Page | None = None
         self._server = Server(_SERVICES, workers=_WORKERS, refused=self._refused)
         self.addresses = tuple(
             self._server.listen(address, None if address.startswith("unix:") else tls)
@@ -89,15 +93,29 @@ class Node:
         )
         self.metrics_port = 0
 
-    def serve(self, cell: Cell, metrics_port: int, metrics_host: str = "127.0.0.1") -> None:
+    @property
+    def page(self) -> str:
+        """URL of the page; empty where there is none."""
+        return self._page.url if self._page is not None else ""
+
+    def serve(
+        self,
+        cell: Cell,
+        metrics_port: int,
+        metrics_host: str = "127.0.0.1",
+        watching: Watching | None = None,
+    ) -> None:
         """Serve a cell whose engine runs; from here on it is this node's to close.
 
         Raises:
-            RequestInvalid: the metrics port is taken.
+            RequestInvalid: the port of the metrics or of the page is taken.
         """
+        watching = watching or Watching()
         self._cell = cell
         self._endpoint = cell.metrics.serve(metrics_port, metrics_host)
         self.metrics_port = self._endpoint.port
+        if watching.page_port is not None:
+            self._page = Page(cell, Place(watching.page_port, watching.page_host, watching.page_names))
         servicer = OrchestratorServicer(cell, self._server)
         orchestrator_pb2_grpc.add_OrchestratorServicer_to_server(servicer, self._server.grpc)
         vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(VllmEngineServicer(cell), self._server.grpc)
@@ -113,15 +131,17 @@ class Node:
 
     def stop(self) -> None:
         """End what is left, close the cell, stop serving."""
+        if self._page is not None:
+            self._page.close()
         if self._cell is not None:
             self._cell.close()
         self._server.stop(1.0)
         if self._endpoint is not None:
             self._endpoint.close()
 
-    def _refused(self, reason: str) -> None:
+    def _refused(self, error: BraidError) -> None:
         if self._cell is not None:
-            self._cell.metrics.refused(reason)
+            self._cell.metrics.refused(error)
 
 
 def run_node(settings: Settings, options: NodeOptions) -> NoReturn:
@@ -151,7 +171,7 @@ def run_node(settings: Settings, options: NodeOptions) -> NoReturn:
 
 def _serve(settings: Settings, options: NodeOptions) -> None:
     """Load, serve until SIGTERM or SIGINT, drain."""
-    torch.set_num_threads(thread_count(settings.threads))
+    use_threads(thread_count(settings.threads))
     cell_options = settings.cell_options()
     runtime = None if options.runtime_dir is not None else RuntimeDirectory.create()
     directory = options.runtime_dir if runtime is None else runtime.path
@@ -161,13 +181,15 @@ def _serve(settings: Settings, options: NodeOptions) -> None:
     _on_stop(lambda: sys.exit(EXIT_OK))  # nothing is served yet: a stop is the end
     try:
         node = Node(options.addresses, options.tls)
+        traces = options.watching.traces(settings.model.name)
         links = {
             Kind.FULL: RemoteLink(Kind.FULL, options.full),
             Kind.LINEAR: RemoteLink(Kind.LINEAR, options.linear),
         }
-        cell = Cell(settings.model, links, free_socket(directory / HANDOVER_SOCKET), cell_options)
+        handover = free_socket(directory / HANDOVER_SOCKET)
+        cell = Cell(settings.model, links, handover, cell_options, traces)
         _on_stop(stop.set)
-        node.serve(cell, options.metrics_port, options.metrics_host)
+        node.serve(cell, options.metrics_port, options.metrics_host, options.watching)
         _announce(node, settings)
         stop.wait()
         _end(node, options)
@@ -183,12 +205,13 @@ def free_socket(path: Path) -> Path:
 
 
 def _announce(node: Node, settings: Settings) -> None:
-    """One line on stdout: JSON with service, address, addresses, metrics_port, pid and model."""
+    """One line on stdout: JSON with service, address, addresses, metrics_port, page, pid and model."""
     ready = {
         "service": "orchestrator",
         "address": node.addresses[0],
         "addresses": node.addresses,
         "metrics_port": node.metrics_port,
+        "page": node.page,
         "pid": os.getpid(),
         "model": str(settings.model),
     }

@@ -24,7 +24,7 @@ ALIGNMENT = 256
 _SHORTEST = 128
 # Steps of one way that are looked at before the ways are compared, and how much faster two lanes
 # must be. A way that lost is looked at again after a while, because contexts grow.
-_TRIALS = 5
+_TRIALS = 3
 _MARGIN = 0.97
 _RETRY_AFTER = 512
 
@@ -97,6 +97,21 @@ class _Ways:
         return 3 - best if self.steps % _RETRY_AFTER < 2 else best
 
 
+@dataclass(frozen=True)
+class Choice:
+    """How one step is run."""
+
+    division: Division | None
+    """None: in one piece."""
+    ways: _Ways
+    """Of steps of its size, which is told before it: what it commits changes it."""
+
+    def took(self, lanes: int, seconds: float) -> None:
+        """Remember how long the step took in so many lanes."""
+        self.ways.steps += 1
+        self.ways.took[lanes - 1].append(seconds)
+
+
 class Overlap:
     """Decides for each step of a cell.
 
@@ -110,17 +125,12 @@ class Overlap:
         self._cut_prompts = cut_prompts
         self._ways: dict[tuple[object, ...], _Ways] = {}
 
-    def division(self, role: Role, spans: Sequence[Span]) -> Division | None:
-        """How to split a step; None to run it in one piece."""
-        if self.mode is OverlapMode.AUTO and self._of(role, spans).lanes() == 1:
-            return None
-        return divide(spans, self._cut_prompts)
-
-    def took(self, role: Role, spans: Sequence[Span], lanes: int, seconds: float) -> None:
-        """Remember how long a step took."""
+    def choose(self, role: Role, spans: Sequence[Span]) -> Choice:
+        """How to run a step that is not staged yet."""
         ways = self._of(role, spans)
-        ways.steps += 1
-        ways.took[lanes - 1].append(seconds)
+        if self.mode is OverlapMode.AUTO and ways.lanes() == 1:
+            return Choice(None, ways)
+        return Choice(divide(spans, self._cut_prompts), ways)
 
     def _of(self, role: Role, spans: Sequence[Span]) -> _Ways:
         tokens = sum(len(span.tokens) for span in spans)

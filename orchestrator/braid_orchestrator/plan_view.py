@@ -294,7 +294,7 @@ def _table(plan: LayerPlan, itemsize: int, compact: bool) -> Table:
             Text(first.kind.value, style=look.style),
             Text(first.mechanism),
             look.service or "-",
-            Text("\n".join(_short(side) for side in (first.linear, first.full) if side is not None)),
+            Text("\n".join(short_geometry(side) for side in (first.linear, first.full) if side is not None)),
             human_bytes(state) if state else "-",
             human_bytes(kv) if kv else "-",
         )
@@ -401,5 +401,6 @@ _SHORT: Mapping[type[Geometry], Callable[[Any], str]] = {
 }
 
 
-def _short(geometry: Geometry) -> str:
+def short_geometry(geometry: Geometry) -> str:
+    """A geometry in a few characters: "4q/2kv ×64"."""
     return _SHORT[type(geometry)](geometry)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-import numpy as np
 from braid_wire.batch import IntArray
 from braid_wire.errors import PoolExhausted
 
@@ -117,7 +116,9 @@ class Pool:
 
     def generations(self, units: IntArray) -> IntArray:
         """int64, shaped as `units`: the generation of each named unit, 0 where none is named."""
-        return np.where(units >= 0, self.generation[units], 0)
+        found = self.generation[units]
+        found[units < 0] = 0
+        return found
 
     def _release(self, unit: int) -> None:
         self.void(unit)

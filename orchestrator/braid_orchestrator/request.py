@@ -6,7 +6,7 @@ import itertools
 import math
 import queue
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
@@ -119,6 +119,7 @@ class Request:
         mrope_positions: int64 [3, L], a time, a height and a width position for each prompt token;
             what is made counts on from the largest in all three. For models that take them.
         cache_salt: what it computes is used again by requests with the same salt alone.
+        trace: W3C trace context of the call, by header.
         index: which of several completions of one prompt.
         events: where its events go, each with the index.
 
@@ -142,6 +143,7 @@ class Request:
     mtp: bool = False
     mrope_positions: IntArray | None = None
     cache_salt: str = ""
+    trace: Mapping[str, str] = field(default_factory=dict)
     index: int = 0
     events: queue.SimpleQueue[tuple[int, Event]] = field(default_factory=queue.SimpleQueue, repr=False)
 
@@ -160,6 +162,7 @@ class Request:
         self.began: float | None = None
         self.ended: float | None = None
         self.served_s = 0.0
+        self.first_token: float | None = None
         self.last_token: float | None = None
         self.stops = self.stop_ids if self.ignore_eos else self.stop_ids | self.end_ids
         self.sampler = Sampler(self.sampling, self.prompt, self.stops)

@@ -25,6 +25,8 @@ TOKEN_STREAM = 0
 _WIDTHS = (1024, 16384)
 """Likeliest tokens that filters look at before they look at all. They nearly always cut inside these,
 and sorting a vocabulary of 150,000 takes twenty times as long as finding its first 1024."""
+_BINS, _DEPTH = 8192, 40.0
+"""Bins of tokens by the negative log of their weight, and the log that the last one begins before."""
 _COLDEST = 1e-30
 """Temperatures below it choose the same tokens, and would overflow float32."""
 _BLOCK = 4
@@ -229,9 +231,6 @@ def distributions(turns: Sequence[Turn], logits: torch.Tensor) -> list[Distribut
         samplings = [turns[row].sampler.sampling for row in block]
         for support in _supports(samplings, _rows(edited, block), _rows(highest, block)):
             ids, weights = support.ids, support.weights.double()
-            if not bool((ids.diff(dim=-1) > 0).all()):  # filters have the likeliest first
-                ids, order = ids.sort(-1)
-                weights = weights.gather(-1, order)
             chances = weights / weights.sum(-1, keepdim=True)
             for place, *parts in zip(support.rows, ids, chances, strict=True):
                 found[block[place]] = Distribution(*parts)
@@ -317,7 +316,7 @@ class _Support:
     Args:
         rows: which requests, m of them.
         weights: [m, K], at most 1 each, 0 for what was dropped; not normalised.
-        ids: int64 [m, K]: whose weights they are.
+        ids: int64 [m, K], ascending: whose weights they are.
     """
 
     rows: list[int]
@@ -353,9 +352,15 @@ def _supports(
     if free:
         temperatures = _column([samplings[row].temperature for row in free], logits)
         weights = _weights(_rows(logits, free), _rows(highest, free), temperatures)
-        yield _Support(free, weights, torch.arange(vocab_size, device=logits.device).expand(weights.shape))
+        yield _Support(free, weights, _all_ids(weights))
     left = [row for row in range(len(samplings)) if row not in free]
-    for width in (*(width for width in _WIDTHS if width < vocab_size), vocab_size):
+    for number, width in enumerate((*(width for width in _WIDTHS if width < vocab_size), vocab_size)):
+        if number:
+            # Where the likeliest tokens were not enough, the mass is looked at before more are sorted.
+            massed = [row for row in left if not 0 < samplings[row].top_k < vocab_size]
+            left = [row for row in left if row not in massed]
+            if massed:
+                yield _massed(samplings, logits, highest, massed)
         tried = [row for row in left if samplings[row].top_k < width or width == vocab_size]
         if not tried:
             continue
@@ -390,13 +395,60 @@ def _filtered(
             total = torch.where(top_k < logits.shape[-1], total, everything)
         before = ranked.cumsum(-1) - ranked
         keep &= (before < top_p * total) | (top_p == 1)
-    support = _Support(rows, torch.where(keep, weights, 0), ids)
+    kept = torch.where(keep, weights, 0)
+    # By id, as everywhere: what a number draws must not depend on how many tokens were looked at.
     if width == logits.shape[-1]:
-        return support
+        return _Support(rows, torch.zeros_like(kept).scatter_(-1, ids, kept), _all_ids(kept))
+    ids, order = ids.sort(-1)
+    support = _Support(rows, kept.gather(-1, order), ids)
     # A token outside that is as likely as the last one kept might have come before it.
     last = values.gather(-1, keep.sum(-1, keepdim=True) - 1)[:, 0]
     certain = [place for place, inside in enumerate((last > values[:, -1]).tolist()) if inside]
     return _Support([rows[place] for place in certain], _rows(support.weights, certain), _rows(ids, certain))
+
+
+def _massed(
+    samplings: Sequence[Sampling], logits: torch.Tensor, highest: torch.Tensor, rows: list[int]
+) -> _Support:
+    """What top-p and min-p leave of some rows without top-k, the whole vocabulary looked at, by id."""
+    wanted = [samplings[row] for row in rows]
+    logits = _rows(logits, rows)
+    temperatures = _column([one.temperature for one in wanted], logits)
+    weights = _weights(logits.double(), _rows(highest, rows), temperatures)
+    keep = logits.isfinite() & (weights >= _column([one.min_p for one in wanted], logits))
+    for place, one in enumerate(wanted):
+        if one.top_p < 1:
+            keep[place] &= _nucleus(logits[place], weights[place], one.top_p)
+    return _Support(rows, torch.where(keep, weights, 0), _all_ids(weights))
+
+
+def _nucleus(values: torch.Tensor, weights: torch.Tensor, top_p: float) -> torch.Tensor:
+    """bool [V]: the tokens before which less than `top_p` of the mass lies, the likeliest first.
+
+    Tokens are put into bins by their weights; bins have no order inside, but one among them. Only in the
+    bin in which the mass is reached are tokens sorted, equal ones by id.
+
+    Args:
+        values: [V], what they are ordered by.
+        weights: float64 [V], at most 1; never less for a larger value.
+        top_p: in (0, 1).
+    """
+    bins = (weights.log().neg() * (_BINS / _DEPTH)).clamp(max=_BINS - 1).long()
+    mass = torch.bincount(bins, weights, _BINS)
+    aim = top_p * mass.sum()
+    before = mass.cumsum(0) - mass
+    edge = int(((before < aim) & (mass > 0)).nonzero()[-1])
+    keep = bins < edge
+    inside = (bins == edge).nonzero()[:, 0]
+    inside = inside[values[inside].sort(stable=True, descending=True).indices]
+    reached = weights[inside]
+    keep[inside[before[edge] + reached.cumsum(0) - reached < aim]] = True
+    return keep
+
+
+def _all_ids(weights: torch.Tensor) -> torch.Tensor:
+    """int64 [m, V]: the ids of weights of the whole vocabulary."""
+    return torch.arange(weights.shape[-1], device=weights.device).expand(weights.shape)
 
 
 def _likeliest(logits: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -130,8 +130,10 @@ class Scheduler:
         budget, least = self._limits.max_tokens, self._limits.max_tokens // _SHARES
         for_prompts = min(sum(wanted), least)
         chosen: list[tuple[_Seat, Span]] = []
-        for seat in decodes:
-            budget -= self._choose(seat, budget - for_prompts, chosen)
+        for place, seat in enumerate(decodes, 1):
+            # Guesses get what is left when every request that decodes has its one token.
+            behind = min(len(decodes) - place, max(budget - for_prompts - 1, 0))
+            budget -= self._choose(seat, budget - for_prompts - behind, chosen)
         for seat, most in zip(prompts, shares(wanted, budget, least), strict=True):
             seat.service += self._choose(seat, most, chosen)
         return [self._part(seat, span) for seat, span in chosen if seat.running]
@@ -177,20 +179,31 @@ class Scheduler:
             self._enter(self.waiting.popleft())
 
     def _leading(self, prompts: Sequence[_Seat]) -> list[_Seat]:
-        """Of prompts that go on with the same tokens only the first: the others will find them cached."""
+        """Of prompts that go on with the same tokens only the oldest: the others will find them cached.
+
+        Were it the one that was served least, they would take turns inside a page, and each compute it.
+        """
         leaders: dict[tuple[object, ...], _Seat] = {}
-        found = []
+        keys = []
         for seat in prompts:
             self._credit(seat, self._look_up(seat))
             seat.followed = False
-            key: tuple[object, ...] | None = None
-            if self.cache is not None and seat.lease is not None and self._reads_cache(seat):
-                key = self.cache.next_page(seat.lease, seat.request.tokens)
-            if key is None or leaders.setdefault(key, seat) is seat:
+            keys.append(key := self._next_page(seat))
+            if key is not None:
+                leaders[key] = min(seat, leaders.get(key, seat), key=lambda one: one.order)
+        found = []
+        for seat, key in zip(prompts, keys, strict=True):
+            if key is None or leaders[key] is seat:
                 found.append(seat)
             else:
                 leaders[key].followed = True
         return found
+
+    def _next_page(self, seat: _Seat) -> tuple[object, ...] | None:
+        """What a prompt computes next, as `PrefixCache.next_page` names it."""
+        if self.cache is None or seat.lease is None or not self._reads_cache(seat):
+            return None
+        return self.cache.next_page(seat.lease, seat.request.tokens)
 
     def _acquire(self, request: Request) -> None:
         """Hold what a request is to be fed, and leave a page for each that runs: it would be taken back from

@@ -21,8 +21,9 @@ from braid_wire.rpc import Server
 from braid_wire.views import view_of
 
 from braid_orchestrator.cell import Cell
-from braid_orchestrator.dispatcher import Point
+from braid_orchestrator.dispatcher import LayerTotals, Point
 from braid_orchestrator.engine_stream import EngineStream
+from braid_orchestrator.newer import refuse_newer
 from braid_orchestrator.request import (
     Event,
     Failed,
@@ -37,6 +38,7 @@ from braid_orchestrator.request import (
 )
 from braid_orchestrator.sampler import Alternatives, logprobs
 from braid_orchestrator.sampling import Sampling
+from braid_orchestrator.trace_context import headers_of
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Orchestrator"].full_name
 LOGITS_KEPT_S = 60.0
@@ -67,7 +69,10 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServicer):
     def Generate(
         self, request: pb.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GenerateResponse]:
+        refuse_newer(request)
         asked = self._request(request)
+        if self._cell.traces is not None:
+            asked.trace = headers_of(context)
         works = fan_out(asked, request.n or 1)
         context.add_callback(lambda: self._cancel(works))
         try:
@@ -81,11 +86,13 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServicer):
             self._cancel(works)
 
     def Score(self, request: pb.ScoreRequest, context: grpc.ServicerContext) -> pb.ScoreResponse:
+        refuse_newer(request)
         if not request.sequences:
             raise RequestInvalid("there are no sequences to score", field="sequences")
         if request.mtp and not request.want_logits:
             raise RequestInvalid("mtp is set, but want_logits is not", field="mtp")
         before = self._cell.walker.steps
+        trace = {} if self._cell.traces is None else headers_of(context)
         works = [
             Request(
                 request_id=uuid.uuid4().hex,
@@ -94,6 +101,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServicer):
                 decode_tail=request.decode_tail,
                 mtp=request.mtp,
                 mrope_positions=grid,
+                trace=trace,
             )
             for sequence, grid in zip(request.sequences, _grids(request), strict=True)
         ]
@@ -120,7 +128,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServicer):
             family=cell.plans.family,
             epoch=cell.dispatcher.epoch,
             services=[self._service(kind) for kind in cell.dispatcher.links],
-            layers=[self._layer(point) for point in cell.dispatcher.totals],
+            layers=[self._layer(point, totals) for point, totals in cell.dispatcher.totals.items()],
             pools=self._pools(),
             running=load.running,
             waiting=load.waiting,
@@ -131,6 +139,7 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServicer):
         )
 
     def Drain(self, request: pb.DrainRequest, context: grpc.ServicerContext) -> pb.DrainResponse:
+        refuse_newer(request)
         if not 0 <= request.timeout_seconds < float("inf"):
             raise RequestInvalid(
                 f"timeout_seconds is {request.timeout_seconds}; it must be a finite number ≥ 0",
@@ -224,9 +233,8 @@ class OrchestratorServicer(orchestrator_pb2_grpc.OrchestratorServicer):
         status.ready = status.description.epoch > 0
         return status
 
-    def _layer(self, point: Point) -> pb.LayerStatus:
+    def _layer(self, point: Point, totals: LayerTotals) -> pb.LayerStatus:
         role, layer_id, side = point
-        totals = self._cell.dispatcher.totals[point]
         count = max(totals.count, 1)
         geometry = self._cell.dispatcher.spec(role, layer_id).geometry(side)
         return pb.LayerStatus(

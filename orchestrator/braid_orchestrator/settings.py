@@ -52,6 +52,8 @@ class Settings:
     dtype: str = "float32"
     """Of weights, activations and pages; "auto" is the checkpoint's own."""
     state_dtype: str = "float32"
+    device: str = "cpu"
+    """Of every process: "cpu", "cuda" or "cuda:N"."""
     dispatch: str = "walk"
     max_tokens: int = 2048
     max_sequences: int = 64
@@ -67,6 +69,8 @@ class Settings:
     max_waiting: int = 1024
     speculative: int = 0
     """Tokens that the model's draft guesses ahead of each request; 0: none."""
+    speculative_adaptive: bool = True
+    """Whether fewer are guessed, or none, where that has shown to be faster."""
 
     def arguments(self) -> list[str]:
         """The same as options of `python -m braid_orchestrator`."""
@@ -74,6 +78,7 @@ class Settings:
             "--model": self.model,
             "--dtype": self.dtype,
             "--state-dtype": self.state_dtype,
+            "--device": self.device,
             "--dispatch": self.dispatch,
             "--max-tokens": self.max_tokens,
             "--max-sequences": self.max_sequences,
@@ -88,6 +93,7 @@ class Settings:
         }
         arguments = [str(word) for pair in given.items() for word in pair]
         arguments.append("--prefix-cache" if self.prefix_cache else "--no-prefix-cache")
+        arguments.append("--speculative-adaptive" if self.speculative_adaptive else "--speculative-fixed")
         return [*arguments, "--trust-remote-code"] if self.trust_remote_code else arguments
 
     def plans(self) -> ModelPlans:
@@ -107,6 +113,7 @@ class Settings:
             ConfigInvalid: a limit is below 1, or the model's config cannot be read.
         """
         import torch
+        from braid_wire.devices import device_of
 
         from braid_orchestrator.cell import CellOptions
         from braid_orchestrator.dispatcher import Dispatch
@@ -117,6 +124,7 @@ class Settings:
         return CellOptions(
             dtype=getattr(torch, name),
             state_dtype=getattr(torch, self.state_dtype),
+            device=device_of(self.device),
             dispatch=Dispatch(self.dispatch),
             limits=Limits(
                 max_tokens=self.max_tokens,
@@ -131,6 +139,7 @@ class Settings:
             prefix_cache=self.prefix_cache,
             max_waiting=self.max_waiting,
             speculative=self.speculative,
+            speculative_adaptive=self.speculative_adaptive,
         )
 
     def raised_for(self, lengths: list[int]) -> Settings:

@@ -16,6 +16,7 @@ from braid.v1 import common_pb2
 from braid_wire import convert, dtypes
 from braid_wire.arena import ALIGNMENT, Allocator, Arena, ArenaOwner
 from braid_wire.batch import SHARED_DTYPES, Batch, IntArray
+from braid_wire.devices import CPU
 from braid_wire.doorbell import BELL_BYTES
 from braid_wire.errors import BatchInvalid, ConfigInvalid, ViewInvalid
 from braid_wire.layers import Kind, LayerPlan, LayerSpec, Role
@@ -83,6 +84,8 @@ class Bells:
 
     request: torch.Tensor  # uint8 [64]
     done: torch.Tensor  # uint8 [64]
+    device_request: torch.Tensor  # uint8 [64], written by streams
+    device_done: torch.Tensor  # uint8 [64], likewise
     timings: torch.Tensor  # int64 [lanes, most tickets, 3]
     requests: torch.Tensor  # uint8 [n]
     responses: torch.Tensor  # uint8 [n]
@@ -97,11 +100,34 @@ class Bells:
             lanes=lanes,
         )
 
+    def device_views(self) -> dict[str, common_pb2.TensorView]:
+        """Field of the message → the counter that streams write."""
+        return {
+            "device_request": view_of(self.device_request, self.arena),
+            "device_done": view_of(self.device_done, self.arena),
+        }
+
     def mail(self) -> pb.Mailboxes:
         """The message that names the mailboxes."""
         return pb.Mailboxes(
             requests=view_of(self.requests, self.arena), responses=view_of(self.responses, self.arena)
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Published:
+    """Where the arrays of batches of one layout lie; compared by identity."""
+
+    layout: pb.Batch
+    """Without epoch and step."""
+    places: Mapping[str, IntArray]
+
+    def message(self, batch: Batch) -> pb.Batch:
+        """The message that names a batch's arrays, which are published."""
+        message = pb.Batch()
+        message.CopyFrom(self.layout)
+        message.epoch, message.step = batch.epoch, batch.step
+        return message
 
 
 class Store:
@@ -116,6 +142,8 @@ class Store:
         lanes: 1; or 2, where steps may be split in two that run side by side.
         state_spacing: tokens of a prefix for which one state can be cached; 0: none is.
         versions: slots that a sequence needs in a step: more than the usual where guesses are verified.
+        device: where parameters, pages, states and activations lie. Generation tables, metadata and
+            doorbells are always in host memory, which every process checks, and rings, without the device.
 
     Raises:
         ConfigInvalid: `pool_bytes` is too small for a single sequence.
@@ -132,8 +160,10 @@ class Store:
         lanes: int = 1,
         state_spacing: int = 0,
         versions: int = VERSIONS,
+        device: torch.device = CPU,
     ) -> None:
         self.owner = owner
+        self.device = device
         self.lanes = lanes
         self._state_spacing = state_spacing
         self._versions = versions
@@ -145,13 +175,14 @@ class Store:
         self._caches: dict[tuple[Role, int], dict[str, torch.Tensor]] = {}
         self._tables: dict[tuple[Role, Kind], torch.Tensor] = {}
         self._pool_arenas: dict[tuple[Role, Kind], Arena] = {}
+        self._table_arenas: dict[tuple[Role, Kind], Arena] = {}
         self.memory = self._make_memory()
         self._activations: dict[tuple[int, object], Buffers] = {}
         self._activation_arena = self._make_activations()
         self._metadata = [
             Allocator(self._arena(self._metadata_bytes(), f"metadata-{lane}")) for lane in range(lanes)
         ]
-        self._published: dict[tuple[object, ...], tuple[pb.Batch, dict[str, IntArray]]] = {}
+        self._published: dict[tuple[object, ...], Published] = {}
         self._bells, self._timings, self._mailboxes = self._make_bells()
         self._bells_given = 0
 
@@ -181,16 +212,26 @@ class Store:
         They are used again only after dozens of walks, so that a writer of an older epoch that is late by
         all of those is needed to disturb one.
         """
-        index = 2 * (self._bells_given % (len(self._bells) // 2))
+        index = 4 * (self._bells_given % (len(self._bells) // 4))
         requests, responses = self._mailboxes[self._bells_given % _MAILBOXES]
         self._bells_given += 1
-        request, done = self._bells[index], self._bells[index + 1]
-        for bell in (request, done, requests[:BELL_BYTES], responses[:BELL_BYTES]):
+        bells = self._bells[index : index + 4].unbind()
+        for bell in (*bells, requests[:BELL_BYTES], responses[:BELL_BYTES]):
             bell.zero_()
-        return Bells(request, done, self._timings[kind], requests, responses, self._bell_arena)
+        request, done, device_request, device_done = bells
+        return Bells(
+            request,
+            done,
+            device_request,
+            device_done,
+            self._timings[kind],
+            requests,
+            responses,
+            self._bell_arena,
+        )
 
-    def publish(self, batch: Batch) -> pb.Batch:
-        """Put a batch's arrays into shared memory and name them in a message.
+    def publish(self, batch: Batch) -> Published:
+        """Put a batch's arrays into shared memory.
 
         The memory is used again by the next batch of the same lane that is published.
         """
@@ -202,17 +243,13 @@ class Store:
             if len(self._published) >= _PUBLISHED:
                 self._published.pop(next(iter(self._published)))
             self._published[key] = self._layout(batch, arrays)
-        layout, places = self._published[key]
+        published = self._published[key]
         for name, array in arrays.items():
-            places[name][...] = array
-        message = pb.Batch()
-        message.CopyFrom(layout)
-        message.epoch, message.step = batch.epoch, batch.step
-        return message
+            published.places[name][...] = array
+        return published
 
-    def _layout(self, batch: Batch, arrays: Mapping[str, IntArray]) -> tuple[pb.Batch, dict[str, IntArray]]:
-        """Where arrays of these shapes lie in their lane's metadata: a message without numbers, and the
-        places to write to."""
+    def _layout(self, batch: Batch, arrays: Mapping[str, IntArray]) -> Published:
+        """Where arrays of these shapes lie in their lane's metadata."""
         metadata = self._metadata[batch.lane]
         metadata.reset()
         message = pb.Batch(
@@ -226,7 +263,7 @@ class Store:
             shared = metadata.empty(array.shape, SHARED_DTYPES[name])
             places[name] = shared.numpy()
             getattr(message, name).CopyFrom(view_of(shared, metadata.arena))
-        return message, places
+        return Published(message, places)
 
     def configure_request(self, kind: Kind, epoch: int, cell: str) -> pb.ConfigureRequest:
         """All that the service of one kind needs to know."""
@@ -245,17 +282,35 @@ class Store:
                 request.storage.extend(self._storage_message(role, spec, kind) for spec in layers)
         return request
 
+    def empty_request(self, epoch: int, cell: str) -> pb.ConfigureRequest:
+        """What has a service forget its layers and give up the memory that it has mapped."""
+        return pb.ConfigureRequest(
+            epoch=epoch,
+            cell=cell,
+            activation_dtype=dtypes.to_pb(self.element.activation),
+            state_dtype=dtypes.to_pb(self.element.state),
+        )
+
     def activations(self) -> common_pb2.Arena:
         """The message from which a client can map the activation buffers."""
         return self.owner.describe(self._activation_arena)
+
+    def copy_page(self, role: Role, source: int, target: int) -> None:
+        """Write the keys and values of one page, in every layer of a role, into another."""
+        for spec in self.plans[role].side(Kind.FULL):
+            if spec.full is not None:
+                for name in spec.full.caches():
+                    cache = self._caches[role, spec.layer_id][name]
+                    cache[target].copy_(cache[source])
 
     def close(self) -> None:
         """Give all shared memory back."""
         for arena in self._arenas:
             self.owner.release(arena)
 
-    def _arena(self, size_bytes: int, label: str) -> Arena:
-        arena = self.owner.create(max(size_bytes, ALIGNMENT), label)
+    def _arena(self, size_bytes: int, label: str, device: torch.device | None = None) -> Arena:
+        """An arena in host memory, or on a device."""
+        arena = self.owner.create_on(device or CPU, max(size_bytes, ALIGNMENT), label)
         self._arenas.append(arena)
         return arena
 
@@ -264,7 +319,7 @@ class Store:
             for spec in plan:
                 _check_params(role, spec, params.get((role, spec.layer_id), {}))
         tensors = [tensor for group in params.values() for tensor in group.values()]
-        arena = self._arena(_bytes((t.shape, t.dtype) for t in tensors), "params")
+        arena = self._arena(_bytes((t.shape, t.dtype) for t in tensors), "params", self.device)
         allocator = Allocator(arena)
         self._params_arena = arena
         return {
@@ -292,13 +347,15 @@ class Store:
         shapes = {spec.layer_id: self._memory_shapes(spec, kind, count) for spec in layers}
         table_shape = ((count,), torch.int64)
         wanted = [item for group in shapes.values() for item in group.values()]
-        arena = self._arena(_bytes([*wanted, table_shape]), f"{role.value}-{name}")
+        arena = self._arena(_bytes(wanted), f"{role.value}-{name}", self.device)
         allocator = Allocator(arena)
         for layer_id, group in shapes.items():
             tensors = {key: allocator.empty(*shape) for key, shape in group.items()}
             self._caches.setdefault((role, layer_id), {}).update(tensors)
-        table = allocator.empty(*table_shape)
+        tables = self._arena(_bytes([table_shape]), f"{role.value}-{name}-generations")
+        table = Allocator(tables).empty(*table_shape)
         self._tables[role, kind], self._pool_arenas[role, kind] = table, arena
+        self._table_arenas[role, kind] = tables
         return Pool(name, table.numpy(), self._unit_bytes(plan, kind))
 
     def _memory_shapes(
@@ -368,7 +425,7 @@ class Store:
             for spec in plan.side(side)
         }
         shapes = [((rows, *shape), dtype) for g in geometries for shape in (*g.inputs().values(), g.output())]
-        arena = self._arena(_bytes(shapes * self.lanes), "activations")
+        arena = self._arena(_bytes(shapes * self.lanes), "activations", self.device)
         allocator = Allocator(arena)
         for lane in range(self.lanes):
             for geometry in geometries:
@@ -400,7 +457,7 @@ class Store:
         return per_table + sequences * 64 + limits.max_tokens * (4 + 8) + len(SHARED_DTYPES) * ALIGNMENT * 2
 
     def _pools_message(self, role: Role, kind: Kind) -> pb.RolePools:
-        view = view_of(self._tables[role, kind], self._pool_arenas[role, kind])
+        view = view_of(self._tables[role, kind], self._table_arenas[role, kind])
         if kind is Kind.FULL:
             return pb.RolePools(
                 role=convert.ROLES[role], page_size=self.limits.page_size, page_generation=view

@@ -49,6 +49,8 @@ class Ready:
     addresses: tuple[str, ...]
     metrics_port: int
     pid: int
+    page: str = ""
+    """URL of its live page; empty: it has none."""
 
 
 @dataclass(frozen=True)
@@ -273,7 +275,9 @@ class Supervisor:
     def _note_ready(self, child: _Child, said: Mapping[str, Any]) -> None:
         addresses = tuple(said.get("addresses") or [said["address"]])
         with self._change:
-            child.ready = child.last_ready = Ready(addresses, int(said["metrics_port"]), int(said["pid"]))
+            child.ready = child.last_ready = Ready(
+                addresses, int(said["metrics_port"]), int(said["pid"]), str(said.get("page", ""))
+            )
             child.failed_starts = 0
             self._change.notify_all()
         self._watch(child.program.name, "ready")

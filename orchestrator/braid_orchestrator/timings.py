@@ -30,6 +30,11 @@ class LayerTimes:
     """The body had its output."""
 
     @property
+    def queue_ns(self) -> int:
+        """In the service, before the kernel began; a part of the hop."""
+        return self.started_ns - self.received_ns
+
+    @property
     def compute_ns(self) -> int:
         """In the kernel."""
         return self.finished_ns - self.started_ns

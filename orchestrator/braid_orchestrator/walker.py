@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from braid_wire.batch import IntArray
-from braid_wire.errors import EpochStale, NotConfigured, ServiceLost
+from braid_wire.errors import BraidError, EpochStale, NotConfigured, ServiceLost
 from braid_wire.layers import Role
 
 from braid_orchestrator.body.base import Body, Output
@@ -127,7 +127,7 @@ class Walker:
     ) -> Output:
         """Run a step; after a loss, recover and run it again, for a while and a number of times."""
         with self._lock:
-            lost: Exception | None = None
+            lost: BraidError | None = None
             deadline = math.inf
             for attempt in range(self._max_replays + 1):
                 try:
@@ -153,7 +153,8 @@ class Walker:
     ) -> Output:
         began = time.monotonic()
         self.dispatcher.announce(role)
-        division = self._overlap.division(role, spans) if self._overlap is not None else None
+        choice = self._overlap.choose(role, spans) if self._overlap is not None else None
+        division = choice.division if choice is not None else None
         if division is not None and not self.memory(role).has_room(division.spans):
             division = None
         with self._staged(role, spans if division is None else division.spans) as pending:
@@ -169,8 +170,8 @@ class Walker:
             pending.forget = forget
         took = time.monotonic() - began
         self._metrics.step(batch.mode, batch.num_tokens, took)
-        if self._overlap is not None:
-            self._overlap.took(role, spans, len(lanes), took)
+        if choice is not None:
+            choice.took(len(lanes), took)
         return output
 
     def _forward(
@@ -180,8 +181,11 @@ class Walker:
         if (role, 0) not in self._segments:
             (step,) = steps
             if hidden is None:
-                return self.body.target(step.batch, step.attend, rows)
-            return self.body.draft(step.batch, hidden, step.attend, rows)
+                output = self.body.target(step.batch, step.attend, rows)
+            else:
+                output = self.body.draft(step.batch, hidden, step.attend, rows)
+            step.arrive()
+            return output
         lanes = [Lane(self._segments[role, index], step) for index, step in enumerate(steps)]
         return forward(lanes, rows, hidden)
 
@@ -217,7 +221,7 @@ class Walker:
         with self._lock:
             yield
 
-    def recover(self, error: Exception, timeout_s: float | None = None) -> None:
+    def recover(self, error: BraidError, timeout_s: float | None = None) -> None:
         """Wait for the services and configure them again; callers keep other steps out.
 
         Args:
@@ -228,6 +232,7 @@ class Walker:
             ServiceLost: one did not come back in time.
         """
         log.warning("step %d is replayed: %s", self.steps, error)
+        self._metrics.errors.note(error)
         self.recovering = True
         try:
             self.dispatcher.connect(self._recovery_s if timeout_s is None else max(timeout_s, 0.1))

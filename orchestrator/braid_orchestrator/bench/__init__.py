@@ -9,5 +9,6 @@ refuses to report a peer whose logits are not the reference's.
 | `hop` | the time in a layer that is not its kernel, transport against transport |
 | `scale` | steps and memory against layers, sequences and context |
 | `overlap` | two lanes against one |
+| `serve`, `serve_run`, `workload` | requests of many clients at once, open and closed loop |
 | `trace` | when each layer of some steps ran |
 """

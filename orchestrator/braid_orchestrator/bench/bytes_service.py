@@ -20,7 +20,7 @@ import click
 import grpc
 import torch
 from braid.v1 import attention_pb2, attention_pb2_grpc
-from braid_wire.attention_core import AttentionCore, LayerRunner, PlannedBatch
+from braid_wire.attention_core import AttentionCore, CheckedBatch, LayerRunner, PlannedBatch
 from braid_wire.attention_host import AttentionHost
 from braid_wire.attention_servicer import SERVICE_NAME, AttentionServicer
 from braid_wire.errors import PlanMissing
@@ -69,11 +69,11 @@ class KeptCore(AttentionCore):
         return found
 
     def plan(
-        self, plan: LayerPlan, arrays: Mapping[str, torch.Tensor], page_size: int, options: Mapping[str, str]
+        self, plan: LayerPlan, batch: CheckedBatch, page_size: int, options: Mapping[str, str]
     ) -> PlannedBatch:
-        batch = self._core.plan(plan, arrays, page_size, options)
-        self._planned = plan, batch
-        return batch
+        planned = self._core.plan(plan, batch, page_size, options)
+        self._planned = plan, planned
+        return planned
 
     def run(self, layer_id: int, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """One layer of the batch that was planned last.

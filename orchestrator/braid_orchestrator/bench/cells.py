@@ -30,9 +30,11 @@ class Services:
 
     Args:
         threads: of each.
+        device: of all.
     """
 
     threads: int
+    device: str = "cpu"
     _stack: ExitStack = field(default_factory=ExitStack)
     _addresses: dict[bool, dict[Kind, str]] = field(default_factory=dict)
     _hosts: dict[Kind, AttentionHost] = field(default_factory=dict)
@@ -85,13 +87,18 @@ class Services:
     def embedded(self, model: Path, setup: CellOptions) -> Iterator[Cell]:
         """A cell with both services in this process."""
         if not self._hosts:
-            self._hosts = embedded_hosts(self.threads)
+            self._hosts = embedded_hosts(self.threads, self.device)
         links = {kind: EmbeddedLink(kind, host) for kind, host in self._hosts.items()}
         cell = Cell(model, links, self._socket(), setup)
         try:
             yield cell
         finally:
             cell.close()
+
+    @property
+    def hosts(self) -> tuple[AttentionHost, ...]:
+        """Those of embedded cells, in this process."""
+        return tuple(self._hosts.values())
 
     @property
     def directory(self) -> Path:
@@ -112,7 +119,7 @@ class Services:
             command = [sys.executable, "-m", "braid_orchestrator.bench.bytes_service", kind.value]
         else:
             command = [sys.executable, "-m", MODULES[kind.value], "--metrics-port", "0"]
-            command += ["--log-level", "warning"]
+            command += ["--log-level", "warning", "--device", self.device]
         command += ["--address", self._addresses[own][kind]]
         command += ["--threads", str(self.threads), "--parent", str(os.getpid())]
 

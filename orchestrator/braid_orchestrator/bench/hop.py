@@ -12,7 +12,6 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import numpy as np
-import torch
 from braid_wire import doorbell
 from braid_wire.batch import IntArray
 from braid_wire.errors import MechanismUnsupported
@@ -28,6 +27,7 @@ from braid_orchestrator.bench.peers import CellPeer, TransformersPeer
 from braid_orchestrator.bench.runs import limits
 from braid_orchestrator.bench.transports import DOORBELLS, TRANSPORTS, UNARY
 from braid_orchestrator.bench.watch import LayerSeconds, watched
+from braid_orchestrator.threads import use_threads
 
 FREE, LOADED = "free", "loaded"
 LOADS = (FREE, LOADED)
@@ -50,7 +50,7 @@ def hop(
     """
     if DOORBELLS in transports and not doorbell.available():
         raise MechanismUnsupported("doorbells cannot be built on this machine; leave them out")
-    torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     rows = []
     with ExitStack() as stack:
         options.progress("starting")

@@ -25,6 +25,7 @@ from braid_orchestrator.bench.peers import CellPeer, TransformersPeer
 from braid_orchestrator.bench.runs import grows, limits
 from braid_orchestrator.bench.watch import watched
 from braid_orchestrator.overlap import OverlapMode
+from braid_orchestrator.threads import use_threads
 from braid_orchestrator.timings import StepTimes
 
 PHASES = ("decode", "prefill")
@@ -73,7 +74,7 @@ def overlap(
         ServiceFault: tokens or logits differ between lanes, or from transformers.
         ConfigInvalid: this model cannot run in two lanes here; the message says why.
     """
-    torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     rows = []
     with ExitStack() as stack:
         options.progress("starting")

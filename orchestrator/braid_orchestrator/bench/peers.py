@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from braid_wire.batch import IntArray
+from braid_wire.devices import CPU
 from braid_wire.layers import Mode, Role
 from transformers import AutoModelForCausalLM
 
@@ -44,27 +45,33 @@ class Peer(ABC):
 
 
 class TransformersPeer(Peer):
-    """transformers in this process, with its own cache."""
+    """transformers in this process, with its own cache.
+
+    Args:
+        directory: checkpoint.
+        dtype: of its weights.
+        device: where they lie.
+    """
 
     name = "transformers"
 
-    def __init__(self, directory: Path, dtype: torch.dtype) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, local_files_only=True
-        ).eval()
+    def __init__(self, directory: Path, dtype: torch.dtype, device: torch.device = CPU) -> None:
+        self._device = device
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+        self._model = model.eval().to(device)
         self._cache: object = None
 
     @torch.inference_mode()
     def prefill(self, prompts: IntArray) -> torch.Tensor:
         self.forget()  # before the new cache grows
-        out = self._model(torch.from_numpy(prompts), use_cache=True, logits_to_keep=1)
+        out = self._model(torch.from_numpy(prompts).to(self._device), use_cache=True, logits_to_keep=1)
         self._cache = out.past_key_values
         logits: torch.Tensor = out.logits[:, -1].float()
         return logits
 
     @torch.inference_mode()
     def decode(self, tokens: IntArray) -> torch.Tensor:
-        ids = torch.from_numpy(tokens)[:, None]
+        ids = torch.from_numpy(tokens)[:, None].to(self._device)
         out = self._model(ids, past_key_values=self._cache, use_cache=True)
         logits: torch.Tensor = out.logits[:, -1].float()
         return logits

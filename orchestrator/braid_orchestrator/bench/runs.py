@@ -24,6 +24,7 @@ from braid_orchestrator.bench.transports import DOORBELLS, TRANSPORTS, UNARY
 from braid_orchestrator.bench.watch import LayerSeconds, watched
 from braid_orchestrator.overlap import OverlapMode
 from braid_orchestrator.store import Limits
+from braid_orchestrator.threads import use_threads
 
 OURS = "braid"
 EMBEDDED = "embedded"
@@ -157,7 +158,7 @@ def grows(options: BenchOptions) -> int:
 
 
 def _measure(options: BenchOptions, bench: str, measure: Measure) -> list[Row]:
-    torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     rows = []
     with ExitStack() as stack:
         options.progress("starting")

@@ -8,7 +8,6 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from braid_wire.batch import IntArray
 from braid_wire.errors import ServiceFault
 from braid_wire.layers import Kind
@@ -24,6 +23,7 @@ from braid_orchestrator.bench.runs import EMBEDDED, OURS, grows, limits, time_de
 from braid_orchestrator.bench.watch import LayerSeconds, watched
 from braid_orchestrator.layer_plan.sizes import plan_memory
 from braid_orchestrator.memory import VERSIONS
+from braid_orchestrator.threads import use_threads
 
 SWEEPS = ("layers", "batch", "context")
 LONGEST_PROMPT = 4096
@@ -66,7 +66,7 @@ def scale(options: BenchOptions, ranges: Ranges, sweeps: Sequence[str] = SWEEPS)
         ServiceFault: logits are not transformers' (after real prompts) or the embedded placement's, or
             the pools hand out other than the plan says.
     """
-    torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     rows = []
     with ExitStack() as stack:
         options.progress("starting")

@@ -15,6 +15,7 @@ from braid_orchestrator.bench.runs import OF_DISPATCH, OURS, limits
 from braid_orchestrator.bench.watch import watched
 from braid_orchestrator.cell import Cell, CellOptions
 from braid_orchestrator.overlap import OverlapMode
+from braid_orchestrator.threads import use_threads
 from braid_orchestrator.timeline import Processes, Timeline
 
 # Enough for a cell that decides about lanes to have decided.
@@ -45,7 +46,7 @@ def record_steps(options: TraceOptions) -> Timeline:
     Raises:
         BraidError: the cell cannot start, or a step failed.
     """
-    torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     grows = options.steps + _WARM_STEPS
     setup = CellOptions(
         options.dtype,

@@ -22,8 +22,8 @@ from braid_orchestrator.link import Link, RemoteLink
 class MessageLink(RemoteLink):
     """A service as if it had no doorbells: a walk sends a message for each layer."""
 
-    def describe(self) -> pb.DescribeResponse:
-        found = super().describe()
+    def describe(self, timeout_s: float | None = None) -> pb.DescribeResponse:
+        found = super().describe(timeout_s)
         found.doorbells = False
         return found
 

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 from braid_wire.batch import Batch, IntArray
+from braid_wire.devices import upload
 from braid_wire.errors import ConfigInvalid, StepOrder
 from braid_wire.layers import Kind, LayerPlan, Role
 from torch import nn
@@ -192,6 +193,11 @@ class Body:
         """The pieces of each role."""
         return {role.plan.role: role for role in self._roles}
 
+    def to(self, device: torch.device) -> None:
+        """Move the weights of all roles to a device; static parameters follow when they are taken."""
+        for role in self._roles:
+            role.model.to(device)
+
     def take_params(self) -> LayerParams:
         """Static parameters of the layers of all roles, which the body then lets go of.
 
@@ -227,7 +233,7 @@ class Body:
             BraidError: a layer was refused or its service was lost.
         """
         role = self._target
-        hidden = role.packed(attend, torch.from_numpy(batch.input_ids), _positions(batch))
+        hidden = role.packed(attend, *_tokens(batch, role.device))
         return _output(role.head, hidden, rows)
 
     @torch.inference_mode()
@@ -248,7 +254,7 @@ class Body:
         role = self._draft
         if role is None:
             raise ConfigInvalid("the model has no draft layers", field="role")
-        found = role.packed(attend, torch.from_numpy(batch.input_ids), _positions(batch), hidden)
+        found = role.packed(attend, *_tokens(batch, role.device), hidden)
         return _output(role.head, found, rows)
 
     @property
@@ -257,10 +263,11 @@ class Body:
 
 
 def _output(head: Head, hidden: torch.Tensor, rows: IntArray) -> Output:
-    return Output(hidden, head(hidden[torch.from_numpy(rows)]).float())
+    return Output(hidden, head(hidden[upload(torch.from_numpy(rows), hidden.device)]).float())
 
 
-def _positions(batch: Batch) -> torch.Tensor:
-    """int64 [T], or [3, T] where the batch has mrope positions."""
+def _tokens(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids int64 [T], and positions int64 [T], or [3, T] where the batch has mrope positions."""
     grid = batch.mrope_positions
-    return torch.from_numpy(batch.positions if grid is None else grid)
+    positions = torch.from_numpy(batch.positions if grid is None else grid)
+    return upload(torch.from_numpy(batch.input_ids), device), upload(positions, device)

@@ -37,7 +37,11 @@ def refuse_unrunnable(directory: Path) -> None:
     Raises:
         ConfigInvalid: its weights are quantised, or its rotary tables depend on the batch.
     """
-    config = load_config(directory)
+    refuse_unrunnable_config(load_config(directory))
+
+
+def refuse_unrunnable_config(config: Mapping[str, Any]) -> None:
+    """As `refuse_unrunnable`, for a configuration that is at hand."""
     for section in _sections(config):
         quantised = section.get("quantization_config")
         if isinstance(quantised, Mapping):

@@ -15,12 +15,12 @@ from braid_orchestrator.body.base import Body, DispatchPoint, Draft, Head, Targe
 from braid_orchestrator.body.checkpoint import load_pretrained, refuse_unrunnable
 from braid_orchestrator.body.family import Adapt, Family, LoadRequest, Params, Parts, family
 
-__all__ = ["load_body", "load_pretrained", "take_out", "usual_parts"]
+__all__ = ["NO_MASK", "adapt_layers", "load_body", "load_pretrained", "take_out", "usual_parts"]
 
 log = logging.getLogger(__name__)
 
 # A name that transformers builds no mask for: the services know the spans, so a body needs none.
-_NO_MASK = "braid"
+NO_MASK = "braid"
 
 
 def load_body(request: LoadRequest) -> Body:
@@ -61,7 +61,7 @@ def take_out(model: Any, request: LoadRequest, found: Family) -> Body:
     params: dict[tuple[Role, int], Params] = {}
     parts, point, plan = found.parts(model), DispatchPoint(), request.plans.target
     draft = _take_out_draft(model, request, found, parts.mrope, params)
-    params.update(_adapt(parts.layers, plan, found.adapt, point))
+    params.update(adapt_layers(parts.layers, plan, found.adapt, point))
     _configure(model)
     target = Target(
         model=model,
@@ -96,7 +96,7 @@ def _take_out_draft(
         )
         return None
     point = DispatchPoint()
-    params.update(_adapt(parts.layers, plan, found.adapt, point))
+    params.update(adapt_layers(parts.layers, plan, found.adapt, point))
     _configure(parts.model)
     return Draft(
         model=parts.model,
@@ -109,10 +109,14 @@ def _take_out_draft(
     )
 
 
-def _adapt(
+def adapt_layers(
     layers: Mapping[int, Any], plan: LayerPlan, adapt: Adapt, point: DispatchPoint
 ) -> dict[tuple[Role, int], Params]:
-    """Replace the attention of each layer; the static parameters of those that have any."""
+    """Replace the attention of each layer; the static parameters of those that have any.
+
+    Raises:
+        ConfigInvalid: the layers are not the plan's.
+    """
     if layers.keys() != {spec.layer_id for spec in plan}:
         raise ConfigInvalid(
             f"the model has {plan.role.value} layers {sorted(layers)}, "
@@ -126,5 +130,5 @@ def _adapt(
 
 def _configure(model: Any) -> None:
     """Let this instance build no masks, and run its experts by our operator."""
-    model.config._attn_implementation = _NO_MASK
+    model.config._attn_implementation = NO_MASK
     model.config._experts_implementation = experts.IMPLEMENTATION

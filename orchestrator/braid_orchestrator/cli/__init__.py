@@ -19,6 +19,7 @@ from braid_wire.errors import BraidError, ServiceFault, ServiceLost
 from braid_wire.process import EXIT_FAULT, EXIT_OK, EXIT_USAGE
 
 from braid_orchestrator.cli.bench import bench
+from braid_orchestrator.cli.doctor import doctor
 from braid_orchestrator.cli.generate import generate
 from braid_orchestrator.cli.models import models
 from braid_orchestrator.cli.plan import plan
@@ -43,7 +44,7 @@ def braid() -> None:
     """Serve hybrid-attention language models with both kinds of attention in services of their own."""
 
 
-for command in (serve, generate, score, plan, models, status, drain, bench, trace):
+for command in (serve, generate, score, plan, models, status, drain, bench, trace, doctor):
     braid.add_command(command)
 
 

@@ -248,6 +248,67 @@ def overlap(prompts: tuple[int, ...], phase: tuple[str, ...], **given: Any) -> N
     _run("overlap", given, lambda options: overlaps.overlap(options, prompts, phase))
 
 
+@bench.command()
+@click.argument("model", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--target", help="Address of a running cell; without it, MODEL is served for the time.")
+@click.option("--rate", type=float, help="Open loop: conversations that begin in a second.")
+@click.option("--burstiness", type=float, default=1.0, show_default=True, help="1: Poisson; less: bursts.")
+@click.option(
+    "--concurrency", type=click.IntRange(1), help="Conversations under way: all the time, or at most."
+)
+@click.option("--requests", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--dataset", default="synthetic", show_default=True, help="synthetic, or a JSONL file.")
+@click.option(
+    "--input-tokens", default="16:256", show_default=True, help="N or LOW:HIGH, of synthetic prompts."
+)
+@click.option("--output-tokens", default="8:64", show_default=True, help="N or LOW:HIGH.")
+@click.option(
+    "--prefix-share", type=float, default=0.0, show_default=True, help="Of prompts that begin alike."
+)
+@click.option("--prefix-tokens", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--turns", type=click.IntRange(1), default=1, show_default=True, help="Of each conversation.")
+@click.option("--cancel-share", type=float, default=0.0, show_default=True, help="Given up after a token.")
+@click.option("--slo-ttft-ms", type=float, help="What counts as goodput: time to the first token,")
+@click.option("--slo-itl-ms", type=float, help="and the mean between tokens.")
+@click.option("--speedup", is_flag=True, help="Run the same requests one at a time, too, and compare.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--max-sequences", type=click.IntRange(1), default=64, show_default=True, help="Of an own cell."
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Of an own cell's step."
+)
+@click.option(
+    "--max-context", type=click.IntRange(1), default=1024, show_default=True, help="Of an own cell."
+)
+@click.option(
+    "--threads", type=click.IntRange(1), default=1, show_default=True, help="Of an own cell's processes."
+)
+@click.option("--details", type=click.Path(dir_okay=False, path_type=Path), help="Every request, as JSON.")
+@click.option("--json", "json_out", is_flag=True, help="Print one JSON object.")
+@click.option("--out", type=click.Path(dir_okay=False, writable=True, path_type=Path), help="Write it, too.")
+def serve(**given: Any) -> None:
+    """Load on a serving cell: times to the first token, between tokens and in all, as percentiles.
+
+    Open loop (--rate): requests arrive by a clock, and times count from then. Closed loop
+    (--concurrency alone): so many are always under way.
+    """
+    from braid_orchestrator.bench import serve_run
+    from braid_orchestrator.bench.record import record
+
+    with consoles.stderr().status("starting") as spinner:
+        rows, requests = serve_run.measure(given, lambda text: spinner.update(text))
+    found = record("serve", _typed(click.get_current_context()), rows)
+    if given["details"] is not None:
+        given["details"].write_text(json.dumps(requests, indent=1) + "\n")
+    if given["out"] is not None:
+        given["out"].write_text(json.dumps(found, indent=1) + "\n")
+    if given["json_out"]:
+        print(json.dumps(found, indent=2))
+    else:
+        consoles.stdout().print(serve_run.table(rows))
+
+
 def _run(name: str, given: dict[str, Any], measure: Callable[[BenchOptions], list[Row]]) -> None:
     from transformers.utils import logging as transformers_logging
 

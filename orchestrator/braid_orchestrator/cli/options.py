@@ -81,6 +81,13 @@ def _options() -> dict[str, Callable[[Command], Command]]:
             show_default=True,
             help="Of recurrent states.",
         ),
+        "device": click.option(
+            "--device",
+            default=_DEFAULTS.device,
+            show_default=True,
+            metavar="cpu|cuda|cuda:N",
+            help="Where the model and all attention run.",
+        ),
         "dispatch": click.option(
             "--dispatch",
             type=click.Choice(DISPATCHES),
@@ -132,6 +139,12 @@ def _options() -> dict[str, Callable[[Command], Command]]:
             default=_DEFAULTS.speculative,
             show_default=True,
             help="Tokens that the model's own draft (MTP) guesses ahead; 0: none.",
+        ),
+        "speculative_adaptive": click.option(
+            "--speculative-adaptive/--speculative-fixed",
+            default=_DEFAULTS.speculative_adaptive,
+            show_default=True,
+            help="Guess fewer tokens, or none, where that has shown to be faster.",
         ),
         "trust_remote_code": click.option(
             "--trust-remote-code", is_flag=True, help="Run code that lies in the model's directory."

@@ -29,6 +29,7 @@ from braid_orchestrator.launcher import FULL, LINEAR, MODULES, ORCHESTRATOR, End
 from braid_orchestrator.plan_view import strip
 from braid_orchestrator.settings import Settings, layer_summary
 from braid_orchestrator.supervisor import echo_to_stderr
+from braid_orchestrator.watching import Watching, watching_options
 
 log = logging.getLogger(__name__)
 
@@ -78,9 +79,11 @@ EXIT_INTERRUPTED = 130
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="With --only orchestrator: private directory, shared with the services.",
 )
+@watching_options
 @setting_options()
 def serve(
     settings: Settings,
+    watching: Watching,
     model: Path | None,
     grpc: tuple[str, ...],
     metrics_port: int | None,
@@ -120,14 +123,15 @@ def serve(
         }
         if only == ORCHESTRATOR:
             shared["--drain-seconds"] = drain_seconds
-        _become(only, {**explicit, **shared, "--tls-cert": tls_cert, "--tls-key": tls_key}, settings, grpc)
+        options = {**explicit, **shared, "--tls-cert": tls_cert, "--tls-key": tls_key}
+        _become(only, options, settings, watching, grpc)
     given = [name for name, value in explicit.items() if value is not None]
     if given:
         raise click.UsageError(f"{', '.join(given)} without --only: a whole cell chooses its own")
     if model is None:
         raise click.UsageError("MODEL is missing")
     first = PORTS[ORCHESTRATOR] if metrics_port is None else metrics_port
-    endpoints = Endpoints(grpc, Endpoints.usual_ports(first), metrics_host, tls)
+    endpoints = Endpoints(grpc, Endpoints.usual_ports(first), metrics_host, tls, watching)
     front = None
     if gateway:
         front = _Front(gateway_port, first + len(PORTS) if first else 0)
@@ -136,7 +140,13 @@ def serve(
     return _run(settings, endpoints, front, placement, drain_seconds, log_level, json_out)
 
 
-def _become(name: str, options: Mapping[str, object], settings: Settings, grpc: tuple[str, ...]) -> NoReturn:
+def _become(
+    name: str,
+    options: Mapping[str, object],
+    settings: Settings,
+    watching: Watching,
+    grpc: tuple[str, ...],
+) -> NoReturn:
     """Turn into one process of a cell: same process id, its own signals and exit code."""
     given = {option: value for option, value in options.items() if value is not None}
     wanted = ["--address", "--full", "--linear"] if name == ORCHESTRATOR else ["--address"]
@@ -152,9 +162,9 @@ def _become(name: str, options: Mapping[str, object], settings: Settings, grpc: 
         if settings.model == Path():
             raise click.UsageError("MODEL is missing")
         command += [word for address in grpc for word in ("--grpc", address)]
-        command += settings.arguments()
+        command += [*settings.arguments(), *watching.arguments()]
     else:
-        command += ["--threads", str(settings.threads)]
+        command += ["--threads", str(settings.threads), "--device", settings.device]
     if settings.threads:
         os.environ["OMP_NUM_THREADS"] = str(settings.threads)
     os.execv(sys.executable, command)
@@ -280,5 +290,7 @@ def _announce(
     if gateway is not None:
         table.add_row(GATEWAY, f"{gateway.url}/v1", f"http://{gateways.HOST}:{gateway.metrics_port}/metrics")
     console.print(table)
+    if cell.info.page:
+        console.print(f"live page  [bold]{cell.info.page}[/]")
     console.print(f'braid generate {settings.model} "def " --connect {cell.address}', style="dim")
     sys.stdout.flush()

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import click
-from braid.v1 import common_pb2
+from braid.v1 import attention_pb2, common_pb2
 from braid.v1 import orchestrator_pb2 as pb
 from braid_wire import convert
 from google.protobuf.json_format import MessageToDict
@@ -16,7 +16,7 @@ from rich.table import Table
 from braid_orchestrator import console as consoles
 from braid_orchestrator.cli.options import connect_options
 from braid_orchestrator.client import Client
-from braid_orchestrator.discovery import find
+from braid_orchestrator.discovery import CellInfo, find, known
 from braid_orchestrator.plan_view import human_bytes
 
 
@@ -28,14 +28,15 @@ def status(connect: str | None, ca: Path | None, json_out: bool) -> None:
 
     Finds the cell by itself where only one runs on this machine.
     """
-    with Client(find(connect), ca) as client:
+    address = find(connect)
+    with Client(address, ca) as client:
         said = client.status()
         plan = client.plan()
     if json_out:
         print(json.dumps(status_json(said), ensure_ascii=False, indent=2))
         return
     console = consoles.stdout()
-    _print_head(console, said)
+    _print_head(console, said, known(address))
     console.print(_services(said))
     console.print()
     console.print(_pools(said))
@@ -102,7 +103,7 @@ def status_json(said: pb.StatusResponse) -> dict[str, object]:
     return found
 
 
-def _print_head(console: Console, said: pb.StatusResponse) -> None:
+def _print_head(console: Console, said: pb.StatusResponse, info: CellInfo | None) -> None:
     style = "green" if said.state == "serving" else "yellow"
     console.print(f"[bold]{Path(said.model).name}[/]  {said.family}, [{style}]{said.state}[/]")
     console.print(
@@ -110,18 +111,38 @@ def _print_head(console: Console, said: pb.StatusResponse) -> None:
         f"{said.steps:,} steps, {said.replays:,} replays, {said.running} running, {said.waiting} waiting",
         style="dim",
     )
+    if info is not None and info.page:
+        console.print(f"live page {info.page}", style="dim")
     console.print()
 
 
 def _services(said: pb.StatusResponse) -> Table:
     table = consoles.table(
-        ("service", "left"), ("state", "left"), ("pid", "right"), ("backend", "left"), ("address", "left")
+        ("service", "left"),
+        ("state", "left"),
+        ("pid", "right"),
+        ("backend", "left"),
+        ("device", "left"),
+        ("address", "left"),
     )
     for service in said.services:
         state = "[green]ready[/]" if service.ready else "[red]not ready[/]"
         pid = str(service.description.pid or "-")
-        table.add_row(service.name, state, pid, service.description.backend or "-", service.address)
+        backend = service.description.backend or "-"
+        table.add_row(service.name, state, pid, backend, _device(service.description), service.address)
     return table
+
+
+def _device(description: attention_pb2.DescribeResponse) -> str:
+    """Where a service runs, how its layers are handed over there, and how it shares the device."""
+    words = [", ".join(description.devices) or "-"]
+    ways = description.device_handovers
+    if ways:
+        words.append(attention_pb2.DeviceHandover.Name(ways[0]).removeprefix("DEVICE_HANDOVER_").lower())
+    if description.device_sharing:
+        sharing = attention_pb2.DeviceSharing.Name(description.device_sharing)
+        words.append(sharing.removeprefix("DEVICE_SHARING_").lower())
+    return " ".join(words).replace("_", " ")
 
 
 def _pools(said: pb.StatusResponse) -> Table:

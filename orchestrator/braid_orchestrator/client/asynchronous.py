@@ -25,6 +25,7 @@ from braid_orchestrator.client.messages import (
     Scores,
     completions_of,
     generate_request,
+    metadata_of,
     score_request,
     scores_of,
     typed,
@@ -134,7 +135,9 @@ class AsyncClient:
             options: what `GenerateOptions` names.
         """
         request = generate_request(prompt, max_tokens, sampling, options)
-        return AsyncGeneration(self._stub.Generate(request), self._peer, completions_of(options))
+        return AsyncGeneration(
+            self._stub.Generate(request, metadata=metadata_of(options)), self._peer, completions_of(options)
+        )
 
     async def complete(
         self,

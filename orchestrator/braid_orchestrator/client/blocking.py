@@ -23,6 +23,7 @@ from braid_orchestrator.client.messages import (
     Scores,
     completions_of,
     generate_request,
+    metadata_of,
     score_request,
     scores_of,
     typed,
@@ -119,7 +120,9 @@ class Client:
             options: what `GenerateOptions` names.
         """
         request = generate_request(prompt, max_tokens, sampling, options)
-        return Generation(self._stub.Generate(request), self._peer, completions_of(options))
+        return Generation(
+            self._stub.Generate(request, metadata=metadata_of(options)), self._peer, completions_of(options)
+        )
 
     def complete(
         self,

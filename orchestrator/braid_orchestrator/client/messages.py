@@ -45,6 +45,10 @@ class GenerateOptions(TypedDict, total=False):
     """Longest time to take, seconds, waiting included."""
     request_id: str
     """Unique among live requests; otherwise the cell makes one."""
+    traceparent: str
+    """W3C trace context of the caller: the cell's spans of the request become a part of its trace."""
+    tracestate: str
+    """Of the same, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +193,12 @@ def generate_request(
     else:
         request.tokens.CopyFrom(token_ids(prompt))
     return request
+
+
+def metadata_of(options: GenerateOptions) -> list[tuple[str, str]]:
+    """The headers of the call."""
+    named = {"traceparent": options.get("traceparent"), "tracestate": options.get("tracestate")}
+    return [(name, value) for name, value in named.items() if value]
 
 
 def completions_of(options: GenerateOptions) -> int:

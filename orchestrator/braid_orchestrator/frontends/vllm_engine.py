@@ -24,6 +24,7 @@ from braid_orchestrator.frontends.vllm_fields import UNSERVED, refuse_unsupporte
 from braid_orchestrator.frontends.vllm_requests import requests_of
 from braid_orchestrator.frontends.vllm_responses import responses_of
 from braid_orchestrator.request import Request
+from braid_orchestrator.trace_context import headers_of
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["VllmEngine"].full_name
 SERVER_TYPE = "braid"
@@ -52,7 +53,8 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
         self, request: pb.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GenerateResponse]:
         self._last_request = time.time()
-        works = requests_of(request, self._cell, self._model)
+        trace = None if self._cell.traces is None else headers_of(context)
+        works = requests_of(request, self._cell, self._model, trace)
         with self._known_as(request.request_id or works[0].request_id, works):
             # It is called at every end of the call: an error, a caller that left, and the good one too.
             if context.add_callback(lambda: self._cancel(works)):

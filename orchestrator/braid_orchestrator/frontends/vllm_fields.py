@@ -14,7 +14,8 @@ from enum import Enum
 from braid_wire.errors import RequestInvalid
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
-from google.protobuf.unknown_fields import UnknownFieldSet
+
+from braid_orchestrator.newer import refuse_newer
 
 _LONGEST_VALUE = 60
 
@@ -129,13 +130,7 @@ def refuse_unsupported(message: Message, path: str = "") -> None:
             )
         if rule.use is Use.HANDLED and isinstance(value, Message):
             refuse_unsupported(value, f"{here}.")
-    newer = UnknownFieldSet(message)
-    if len(newer):
-        number = newer[0].field_number
-        raise RequestInvalid(
-            f"{name} has field number {number}; it must not be set: it is not known here",
-            field=f"{path}{number}",
-        )
+    refuse_newer(message, path)
 
 
 def _shown(field: FieldDescriptor, value: object) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from braid_wire.errors import ConfigInvalid, RequestInvalid
@@ -16,7 +16,9 @@ from braid_orchestrator.request import Request, fan_out
 from braid_orchestrator.sampling import Sampling
 
 
-def requests_of(message: pb.GenerateRequest, cell: Cell, model: ModelInfo) -> list[Request]:
+def requests_of(
+    message: pb.GenerateRequest, cell: Cell, model: ModelInfo, trace: Mapping[str, str] | None = None
+) -> list[Request]:
     """What a message asks for: one request for each of the completions that it wants.
 
     A number that the protocol cannot tell from an unset one (`top_p`, `repetition_penalty` and `n` of
@@ -25,6 +27,7 @@ def requests_of(message: pb.GenerateRequest, cell: Cell, model: ModelInfo) -> li
     Args:
         cell: that will run them.
         model: whose defaults fill what is unset.
+        trace: W3C trace context of the call, by header.
 
     Raises:
         RequestInvalid: a field breaks its rule, or asks for what the cell does not do.
@@ -45,6 +48,7 @@ def requests_of(message: pb.GenerateRequest, cell: Cell, model: ModelInfo) -> li
         ignore_eos=given.ignore_eos,
         # The answer holds token ids; text is made only to find stop strings in it.
         tokenizer=cell.tokenizer if given.stop else None,
+        trace=trace or {},
     )
     return fan_out(request, given.n or 1)
 

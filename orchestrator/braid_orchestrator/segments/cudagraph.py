@@ -2,18 +2,16 @@
 
 A graph reads and writes the same memory in every replay, so what comes from outside (tokens, positions,
 outputs of calls) is copied into tensors of the bucket's size; rows beyond the step's tokens are zeros
-there, and what is computed from them is never copied out.
+there, and what is computed from them is never copied out. What a graph gives lies in memory of its own:
+the rest of what it uses is written over by the next graph.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from collections.abc import Sequence
 
 import torch
+from braid_kernels.graphs import Compute, GraphRecorder, Recorder, Recording, keep_outputs
 from torch.fx import GraphModule
 
 from braid_orchestrator.segments.base import (
@@ -30,54 +28,11 @@ from braid_orchestrator.segments.buckets import Buckets
 from braid_orchestrator.segments.capture import capturing
 from braid_orchestrator.segments.step import BufferedRole
 
+__all__ = ["Compute", "CudaGraphCompiler", "CudaGraphRole", "GraphRecorder", "Recorder", "Recording"]
+
 # Steps of more tokens keep a GPU busy by themselves; a graph would only hold memory.
 LARGEST_BUCKET = 256
-_WARM_UPS = 3
 _ROWS = "rows"
-
-Compute = Callable[[], Sequence[torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class Recording:
-    """Something recorded: `replay` computes `outputs` again, in place, from what its inputs hold then."""
-
-    replay: Callable[[], None]
-    outputs: Sequence[torch.Tensor]
-
-
-class Recorder(ABC):
-    """Records what is computed."""
-
-    @abstractmethod
-    def record(self, compute: Compute) -> Recording:
-        """Run it, and record it; the outputs hold what that run gave."""
-
-
-class GraphRecorder(Recorder):
-    """CUDA graphs that share one memory pool.
-
-    They are replayed on one stream, one after the other, and their outputs are kept, so that the pool
-    gives away only memory that no other graph reads.
-    """
-
-    @cached_property
-    def _pool(self) -> Any:
-        return torch.cuda.graph_pool_handle()
-
-    def record(self, compute: Compute) -> Recording:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            # Libraries set themselves up in their first calls, which a graph must not record.
-            for _ in range(_WARM_UPS):
-                compute()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            outputs = compute()
-        graph.replay()
-        return Recording(graph.replay, outputs)
 
 
 class CudaGraphCompiler(SegmentCompiler):
@@ -149,7 +104,7 @@ class CudaGraphRole(BufferedRole):
         recording = self._recordings.get((module, bucket))
         if recording is None:
             with capturing("a segment"):
-                recording = self._recorder.record(lambda: module(*places))
+                recording = self._recorder.record(keep_outputs(lambda: module(*places)))
             self._recordings[module, bucket] = recording
         else:
             recording.replay()

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
+from braid_wire.devices import upload
 from braid_wire.errors import BatchInvalid, StepOrder
 from torch.fx import GraphModule
 
@@ -66,7 +67,7 @@ class BufferedRole(SegmentedRole):
             raise BatchInvalid(
                 f"positions are {list(positions.shape)} for {tokens} tokens", field="positions"
             )
-        values = {IDS: ids.to(self._device), POSITIONS: positions.to(self._device)}
+        values = {IDS: upload(ids, self._device), POSITIONS: upload(positions, self._device)}
         if self._cut.draft:
             if hidden is None or len(hidden) != tokens:
                 raise BatchInvalid(
@@ -93,9 +94,6 @@ class BufferedRole(SegmentedRole):
         for name in self._dead[index]:
             self._values.pop(name, None)
         self._next = index + 1
-        if self._device.type == "cuda" and segment.calls:
-            # Services learn that inputs are there by a doorbell, not by the order of a stream.
-            torch.cuda.current_stream(self._device).synchronize()
 
     def result(self) -> torch.Tensor:
         if self._next != len(self.segments) or RESULT not in self._values:
@@ -104,7 +102,7 @@ class BufferedRole(SegmentedRole):
 
     @torch.inference_mode()
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
-        chosen = self.result()[rows.to(self._device)]
+        chosen = self.result()[upload(rows, self._device)]
         return self._head(chosen) if len(rows) else self._no_logits
 
     @abstractmethod

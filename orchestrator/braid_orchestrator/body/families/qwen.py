@@ -93,14 +93,15 @@ class SplitProjection(nn.Module):
 
 
 def _reordered(linear: nn.Linear, groups: int, parts: list[int]) -> nn.Linear:
-    """The same linear map with its output rows regrouped: part by part, each over all groups."""
+    """The same linear map with its output rows regrouped, part by part, each over all groups; a new one,
+    for the model may go on with the old."""
     order = torch.arange(linear.out_features).view(groups, sum(parts))
     rows = torch.cat([piece.reshape(-1) for piece in order.split(parts, dim=1)])
-    with torch.no_grad():
-        linear.weight.copy_(linear.weight[rows])
-        if linear.bias is not None:
-            linear.bias.copy_(linear.bias[rows])
-    return linear
+    found = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    found.weight = nn.Parameter(linear.weight.detach()[rows], requires_grad=False)
+    if linear.bias is not None:
+        found.bias = nn.Parameter(linear.bias.detach()[rows], requires_grad=False)
+    return found
 
 
 def _adapter(model_type: str, prefix: str, projection: Callable[[Any, GatedDelta], nn.Module]) -> Adapt:

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from braid_orchestrator.client import Client
 from braid_orchestrator.discovery import CellInfo
@@ -100,6 +102,15 @@ class Served:
             command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
             found[_NAMES[command[command.index(b"-m") + 1]]] = pid
         return found
+
+    def page_frame(self) -> dict[str, Any]:
+        """What its live page shows now."""
+        with urllib.request.urlopen(f"{self.info.page}events", timeout=10) as events:
+            for line in events:
+                if line == b"event: frame\n":
+                    found: dict[str, Any] = json.loads(events.readline().removeprefix(b"data: "))
+                    return found
+        raise AssertionError("the page told nothing")
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Signal it and give its exit code."""

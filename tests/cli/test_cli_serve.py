@@ -96,6 +96,21 @@ def test_killed_service_loses_nothing(cell: Served, victim: str) -> None:
     assert [service.ready for service in after.services] == [True, True]
     now = cell.pids()
     assert {name for name in pids if now[name] != pids[name]} == {victim}
+    frames = [cell.page_frame()]
+
+    def told() -> bool:
+        frames.append(cell.page_frame())
+        page = frames[-1]
+        return bool(
+            (page["state"], page["replays"], page["epoch"]) == ("serving", after.replays, after.epoch)
+        )
+
+    assert eventually(told, 10), frames[-1]  # frames are made once a second
+    page = frames[-1]
+    assert page["errors"][0]["reason"] == "SERVICE_LOST" and victim in page["errors"][0]["message"]
+    assert {service["name"]: (service["pid"], service["state"]) for service in page["services"]} == {
+        name: (now[name], "ready") for name in ("full", "linear")
+    }
 
 
 def test_killed_between_requests(cell: Served) -> None:
@@ -120,6 +135,7 @@ def test_killed_orchestrator_comes_back_at_its_addresses(cell: Served) -> None:
     assert eventually(serves, 60)
     assert generate(cell) == undisturbed
     assert layer_times(cell.info.metrics)  # the ports are those of before
+    assert cell.page_frame()["state"] == "serving"
 
 
 def test_cancelled_stream_frees_pages_and_slots(cell: Served) -> None:
@@ -157,6 +173,7 @@ def test_killed_supervisor_takes_all_with_it(serve: Callable[..., Served], place
     stream = iter(cell.client.generate(PROMPT, 4000))
     next(stream)
     cell.process.kill()
+    cell.process.wait(10)  # its last thread may outlive the one whose end ends the others
     assert eventually(lambda: not any(alive(pid) for pid in pids.values()), 10)
     assert list(place.temporary.iterdir()) == []
     directory = Path(cell.info.directory)

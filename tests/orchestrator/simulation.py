@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
-from braid_orchestrator.guesses import Run
+from braid_orchestrator.guesses import Guess, Run
 from braid_orchestrator.memory import RoleMemory, SequenceMemory, Span, Staged
 from braid_orchestrator.pool import Pool
 from braid_orchestrator.prefix_cache import PrefixCache
@@ -64,6 +64,7 @@ class Simulation:
         cached: whether there is a prefix cache.
         spacing: of its states.
         seed: of how spans are cut in two lanes; None: none is.
+        guesses: most tokens that are guessed ahead; how many of them are right is drawn.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Simulation:
         cached: bool = True,
         spacing: int = 8,
         seed: int | None = None,
+        guesses: int = 0,
     ) -> None:
         self.memory = RoleMemory(
             Role.TARGET,
@@ -85,7 +87,10 @@ class Simulation:
         self.scheduler = Scheduler([self.memory], limits, cache=self.cache)
         self.live: dict[str, Request] = {}
         self.fed = 0
+        self.verified = 0
         self._random = None if seed is None else random.Random(seed)
+        self._guesses = guesses
+        self._chance = random.Random(guesses)
         self._limits = limits
         self._content = {
             pool.name: np.full((pool.total, limits.page_size), GARBAGE, dtype=np.int64) for pool in self.pools
@@ -102,8 +107,15 @@ class Simulation:
         self.live[request.request_id] = request
         return request
 
-    def step(self, outcome: str = "commit") -> list[Part]:
-        """One step: committed, replayed once and then committed, or failed with all that took part."""
+    def step(
+        self, outcome: str = "commit", during: Callable[[Sequence[Part]], None] | None = None
+    ) -> list[Part]:
+        """One step: committed, replayed once and then committed, or failed with all that took part.
+
+        Args:
+            outcome: "commit", "replay" or "fail".
+            during: called when the step has run and nothing of it counts yet.
+        """
         parts = self.scheduler.next()
         if not parts:
             return parts
@@ -124,6 +136,9 @@ class Simulation:
             id(span): len(run) for span, run in zip(spans, runs, strict=True) if span.mode is Mode.VERIFY
         }
         kept = [right.get(id(piece), len(piece.tokens)) for piece in staged.spans]
+        self.verified += sum(count - 1 for count in right.values())
+        if during is not None:
+            during(parts)
         self.memory.commit(staged, kept)
         self._note_void()
         self.fed += sum(kept)
@@ -232,6 +247,8 @@ class Simulation:
 
     def _hand_out(self, parts: Sequence[Part], rows: Sequence[torch.Tensor], runs: Sequence[Run]) -> None:
         for part, logits, run in zip(parts, rows, runs, strict=True):
+            if part.request.memory.released:
+                continue
             finished: Finished | Failed | None = None
             for choice in run or (None,):
                 finished = part.request.advance(logits, choice)
@@ -242,6 +259,19 @@ class Simulation:
             self._note_void()
             if finished is not None:
                 self.end(part.request, finished)
+            else:
+                self._guess(part.request)
+
+    def _guess(self, request: Request) -> None:
+        """Some right guesses and perhaps a wrong one, as a draft leaves them; sometimes none."""
+        count = min(self._chance.randint(0, self._guesses), request.rest - 1)
+        if count < 1 or request.made == 0:
+            return
+        ahead = answer(request.tokens, count)
+        if self._chance.random() < 0.5:
+            place = self._chance.randrange(count)
+            ahead[place] = (ahead[place] + 1) % VOCAB
+        request.guesses = [Guess(token) for token in ahead]
 
 
 class Holder:

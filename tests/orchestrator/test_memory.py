@@ -101,6 +101,30 @@ def test_a_sequence_released_inside_a_step_is_freed_when_it_is_settled() -> None
         memory.stage([span(sequence, 1)], 1, 2)
 
 
+def test_a_sequence_released_while_it_verifies_keeps_its_slots_until_the_step_is_settled() -> None:
+    """Whatever the step still writes for it, nobody else owns; afterwards every reference is stale."""
+    for settle in ("commit", "abort"):
+        memory, sequence = make(slots=6), SequenceMemory(1)
+        memory.commit(memory.stage([span(sequence, 3)], 1, 1))
+        staged = memory.stage([span(sequence, 4, Mode.VERIFY)], 1, 2)
+        memory.release(sequence)
+        assert memory.slots is not None
+        assert staged.batch.state_out is not None
+        written = set(staged.batch.state_out.tolist())
+        assert len(written) == 4
+        others = memory.slots.take(memory.slots.available)
+        assert not written & set(others)
+        memory.slots.give(others)
+        valid(memory, staged)
+        if settle == "commit":
+            memory.commit(staged, [2])
+        else:
+            memory.abort(staged)
+        assert memory.slots.used == 0
+        with pytest.raises(ReferenceStale):
+            valid(memory, staged)
+
+
 def test_a_sequence_is_in_one_step_at_a_time() -> None:
     memory, sequence = make(), SequenceMemory(1)
     memory.stage([span(sequence, 3)], 1, 1)
@@ -502,3 +526,21 @@ def test_a_page_is_left_for_others_where_that_is_asked() -> None:
     with pytest.raises(PoolExhausted, match="2 for others"):
         memory.acquire(SequenceMemory(1), 12, margin=2)
     memory.acquire(SequenceMemory(1), 12, margin=1)
+
+
+def test_versions_are_counted_by_what_became_of_them() -> None:
+    memory, sequence = make(), SequenceMemory(1)
+
+    def counted() -> tuple[int, int, int]:
+        return memory.versions.committed, memory.versions.dropped, memory.versions.aborted
+
+    memory.commit(memory.stage([span(sequence, 5)], 1, 1))
+    assert counted() == (1, 0, 0)
+    # A guess that is verified writes a version behind every token; the last that counts is taken.
+    memory.commit(memory.stage([span(sequence, 4, Mode.VERIFY)], 1, 2), [2])
+    assert counted() == (2, 3, 0)
+    memory.abort(memory.stage([span(sequence, 3, Mode.VERIFY)], 1, 3))
+    assert counted() == (2, 3, 3)
+    # What the prefix cache has asked to be kept is taken too.
+    memory.commit(memory.stage([Span(sequence, np.arange(6, dtype=np.int64), Mode.EXTEND, keep=(2,))], 1, 4))
+    assert counted() == (4, 3, 3)

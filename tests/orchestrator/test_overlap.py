@@ -53,22 +53,28 @@ def test_a_long_prompt_is_cut_in_its_middle() -> None:
     assert divide([span(1, Mode.DECODE)]) is None
 
 
-def drive(overlap: Overlap, seconds: dict[int, float], count: int) -> list[int]:
-    """Lanes of each step of a run in which a way takes so long."""
-    spans = [span(1, Mode.DECODE) for _ in range(8)]
+def drive(
+    overlap: Overlap, seconds: dict[int, float], count: int, tokens: int = 1, mode: Mode = Mode.DECODE
+) -> list[int]:
+    """Lanes of each step of a run in which a way takes so long; each step is the first of new sequences."""
     ways = []
     for _ in range(count):
-        lanes = 1 if overlap.division(Role.TARGET, spans) is None else 2
-        overlap.took(Role.TARGET, spans, lanes, seconds[lanes])
+        spans = [span(tokens, mode) for _ in range(8)]
+        choice = overlap.choose(Role.TARGET, spans)
+        lanes = 1 if choice.division is None else 2
+        for one in spans:
+            one.memory.length += tokens  # as the commit does
+        choice.took(lanes, seconds[lanes])
         ways.append(lanes)
     return ways
 
 
 def test_the_faster_way_is_found_and_kept() -> None:
     for faster, seconds in ((2, {1: 1.0, 2: 0.7}), (1, {1: 1.0, 2: 0.99}), (1, {1: 1.0, 2: 1.6})):
-        ways = drive(Overlap(OverlapMode.AUTO), seconds, 1000)
-        assert ways[20:500] == [faster] * 480
-        assert ways.count(3 - faster) < 20
+        for tokens, mode in ((1, Mode.DECODE), (64, Mode.EXTEND)):
+            ways = drive(Overlap(OverlapMode.AUTO), seconds, 1000, tokens, mode)
+            assert ways[20:500] == [faster] * 480
+            assert ways.count(3 - faster) < 20
 
 
 def test_a_way_that_becomes_faster_is_noticed() -> None:

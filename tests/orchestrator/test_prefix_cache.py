@@ -60,6 +60,38 @@ def test_a_prefix_whose_state_was_not_kept_is_computed_once_more_and_then_kept()
     assert found == [0, 0, 28]
 
 
+@pytest.mark.parametrize("chunk", [0, 1, 3, 5])
+def test_a_checkpoint_is_the_state_of_its_exact_position(chunk: int) -> None:
+    """However a prompt is cut into steps, and wherever another one leaves it."""
+    for length in (11, 12, 13):
+        simulation = Simulation(LIMITS, slots=40, spacing=4)
+        tokens = prompt(length)
+        serve(simulation, tokens, made=6, chunk=chunk)
+        for cut in range(1, length):
+            # `Simulation` compares the state that is read with the one of exactly these tokens.
+            again = serve(simulation, [*tokens[:cut], (tokens[cut] + 1) % VOCAB, 1, 2], made=3)
+            assert again.cached_tokens == cut // 4 * 4
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 5, 16])
+@pytest.mark.parametrize("spacing", [1, 7, 20])
+def test_any_page_size_and_spacing(page_size: int, spacing: int) -> None:
+    """Sizes that divide nothing: what one sequence reads is never another one's."""
+    limits = Limits(max_tokens=19, max_sequences=4, max_context=128, page_size=page_size)
+    simulation = Simulation(limits, pages=-(-220 // page_size), slots=24, spacing=spacing)
+    shared = prompt(33)
+    works = [
+        simulation.add(Request(f"{n}", np.array([*shared[: 33 - n], *prompt(9, n)]), max_tokens=12))
+        for n in range(6)
+    ]
+    simulation.run()
+    for work in works:
+        assert told(work) == answer(work.prompt.tolist(), 12)
+    again = serve(simulation, [*shared, *prompt(9, 0)], made=3)
+    assert again.cached_tokens == 41 // page_size * page_size
+    assert not any(pool.used for pool in simulation.pools)
+
+
 def test_evenly_spaced_states_serve_the_first_branch() -> None:
     simulation = Simulation(LIMITS, slots=40, spacing=8)
     shared = prompt(30)

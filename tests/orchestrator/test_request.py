@@ -28,7 +28,7 @@ from braid_orchestrator.request import (
 from braid_orchestrator.sampler import Choice
 from braid_orchestrator.sampling import Sampling
 from braid_orchestrator.store import Limits
-from braid_orchestrator.text import Tokenizer
+from braid_orchestrator.text import TextStream, Tokenizer
 from braid_wire.errors import PoolExhausted, RequestInvalid, ServiceFault, StepTimeout
 from braid_wire.layers import Role
 from cells import embedded_links
@@ -277,6 +277,27 @@ def test_a_deadline_ends_what_runs_and_what_waits(cell: Cell) -> None:
         cell, *(dataclasses.replace(one, request_id=f"{one.request_id}'") for one in running), waiting
     )
     assert tokens(ended) == [] and isinstance(ended[-1], Failed)
+
+
+def test_a_fault_while_text_is_made_ends_one_request(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's thread lives on, and others have their tokens."""
+    push = TextStream.push
+    bad, good = (
+        Request(name, encoded(cell), max_tokens=9, tokenizer=cell.tokenizer, ignore_eos=True)
+        for name in ("bad", "good")
+    )
+    broken = bad._text
+
+    def failing(self: TextStream, token: int) -> str:
+        if self is broken:
+            raise KeyError("no such piece")
+        return push(self, token)
+
+    monkeypatch.setattr(TextStream, "push", failing)
+    first, second = events(cell, bad, good)
+    (failed,) = first
+    assert isinstance(failed, Failed) and isinstance(failed.error, ServiceFault)
+    assert len(tokens(second)) == 9
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from braid_kernels.graphs import keep_outputs
 from braid_orchestrator.body import Body
 from braid_orchestrator.body.base import DispatchPoint
 from braid_orchestrator.segments.base import (
@@ -63,6 +64,18 @@ class PretendRecorder(Recorder):
                 place.copy_(value)
 
         return Recording(replay, outputs)
+
+
+def test_outputs_outlive_the_replays_of_other_graphs() -> None:
+    """Graphs share the memory of what they compute: what is read later must not lie there."""
+    pool, source = torch.zeros(3), torch.ones(3)
+    compute = keep_outputs(lambda: (pool.copy_(source),))
+    (first,) = compute()
+    pool.fill_(float("nan"))  # another graph
+    assert torch.equal(first, torch.ones(3))
+    source.fill_(2)
+    (again,) = compute()
+    assert again is first and torch.equal(first, source)
 
 
 @given(st.integers(1, 5000), st.integers(1, 6000))

@@ -27,7 +27,10 @@ LIMITS = Limits(max_tokens=96, max_sequences=20, max_context=160, page_size=8, p
 
 @contextmanager
 def cell(model: Path, limits: Limits = LIMITS, **options: Any) -> Iterator[Cell]:
-    """A cell whose body runs as its modules are; `options` are more of `CellOptions`."""
+    """A cell whose body runs as its modules are, and that guesses whether it pays or not.
+
+    `options` are more of `CellOptions`.
+    """
     links = {
         Kind.FULL: EmbeddedLink(Kind.FULL, AttentionHost(load_full("cpp", 1), ProcessMetrics("full", "0"))),
         Kind.LINEAR: EmbeddedLink(
@@ -35,7 +38,7 @@ def cell(model: Path, limits: Limits = LIMITS, **options: Any) -> Iterator[Cell]
         ),
     }
     with tempfile.TemporaryDirectory(prefix="braid") as private:
-        settings = CellOptions(limits=limits, **{"segments": "off", **options})
+        settings = CellOptions(limits=limits, **{"segments": "off", "speculative_adaptive": False, **options})
         made = Cell(model, links, Path(private) / "arenas", settings)
         try:
             yield made

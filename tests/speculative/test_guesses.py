@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ import ling_naive
 import numpy as np
 import pytest
 import torch
+from braid_orchestrator import speculative as speculative_module
+from braid_orchestrator.pace import Pace
 from braid_orchestrator.request import Failed, Request, Token
 from braid_orchestrator.sampling import Sampling
 from braid_orchestrator.speculative import Progress, Speculator
+from braid_orchestrator.store import Limits
 from braid_wire.layers import Role
 from checkpoints import QWEN, Case
 from drafts import Head, load_head, save_with_mtp
@@ -44,12 +48,10 @@ def chained(target: Any, head: Head, tokens: Sequence[int], count: int) -> list[
     return found
 
 
-@pytest.mark.parametrize(("case", "kinds"), HEADS, ids=lambda value: str(value))
-def test_guesses_are_those_of_the_whole_sequence(
-    case: Case, kinds: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = save_with_mtp(case, tmp_path, kinds)
-    target, head = load_reference(model), load_head(model, kinds)
+def seen_guesses(
+    model: Path, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> list[tuple[list[int], list[int]]]:
+    """Tokens and the guesses behind them, of a cell that serves a few requests to their ends."""
     seen: list[tuple[list[int], list[int]]] = []
     follow = Speculator.follow
 
@@ -60,7 +62,7 @@ def test_guesses_are_those_of_the_whole_sequence(
                 seen.append((list(one.request.tokens), [guess.token_id for guess in one.request.guesses]))
 
     monkeypatch.setattr(Speculator, "follow", recorded)
-    with cell(model, speculative=GUESSES) as running:
+    with cell(model, speculative=GUESSES, **options) as running:
         poison(running)
         # Chunks of a prompt, a single token, and prompts that begin while others decode.
         prompts = sequences(running.plans.vocab_size, [19, 1, 40, 9], seed=5)
@@ -72,14 +74,45 @@ def test_guesses_are_those_of_the_whole_sequence(
         for request in requests:
             assert not any(isinstance(event, Failed) for event in request.stream())
         assert not any(held(running.walker.memory(Role.DRAFT)))
-    assert len(seen) >= 4 * 6
-    assert {len(guesses) for _, guesses in seen} == {1, 2, 3}
+    return seen
+
+
+def expect_chained(model: Path, kinds: tuple[str, ...], seen: Sequence[tuple[list[int], list[int]]]) -> None:
+    """Guesses are what stock layers give over all tokens before them."""
+    target, head = load_reference(model), load_head(model, kinds)
     for tokens, guesses in seen:
         for token, logits in zip(guesses, chained(target, head, tokens, len(guesses)), strict=True):
             # The likeliest token, but for rounding.
             assert float(logits.max() - logits[token]) < 1e-4
             if token != int(logits.argmax()):
                 break
+
+
+@pytest.mark.parametrize(("case", "kinds"), HEADS, ids=lambda value: str(value))
+def test_guesses_are_those_of_the_whole_sequence(
+    case: Case, kinds: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_with_mtp(case, tmp_path, kinds)
+    seen = seen_guesses(model, monkeypatch)
+    assert len(seen) >= 4 * 6
+    assert {len(guesses) for _, guesses in seen} == {1, 2, 3}
+    expect_chained(model, kinds, seen)
+
+
+@pytest.mark.parametrize("kinds", [("full",), ("linear",)], ids=str)
+@pytest.mark.parametrize("most_pending", [256, 5])
+def test_a_draft_that_paused_has_missed_nothing(
+    kinds: tuple[str, ...], most_pending: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hidden states that waited, more than one step of the draft holds, lead to the same guesses."""
+    model = save_with_mtp(QWEN[2], tmp_path, kinds)
+    numbers = itertools.cycle([0, 0, 0, 0, 3, 0, 1, 2])
+    monkeypatch.setattr(Pace, "guesses", lambda self, requests: next(numbers))
+    monkeypatch.setattr(speculative_module, "_MOST_PENDING", most_pending)
+    seen = seen_guesses(model, monkeypatch, limits=Limits(16, 20, 160, 8, 1 << 28))
+    assert len(seen) >= 12
+    assert {len(guesses) for _, guesses in seen} == {1, 2, 3}
+    expect_chained(model, kinds, seen)
 
 
 def ling(directory: Path) -> Path:

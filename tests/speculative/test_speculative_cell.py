@@ -64,7 +64,7 @@ def expected() -> list[tuple[list[int], list[float | None]]]:
 
 @pytest.fixture(scope="module")
 def speculating() -> Iterator[Launched]:
-    with launch(Settings(TINY, threads=1, speculative=3)) as cell:
+    with launch(Settings(TINY, threads=1, speculative=3, speculative_adaptive=False)) as cell:
         yield cell
 
 

@@ -365,6 +365,9 @@ def test_with_little_memory_some_give_way_and_all_make_the_same(
             tight.engine.submit(work)
         for work in requests:
             same(list(work.stream()), expected[work.request_id])
+        counts = tight.metrics.accepted_tokens._value.get(), tight.metrics.rejected_tokens._value.get()
+        assert all(counts)
+        assert tight.engine._scheduler.preemptions > 0
         assert idle(tight)
 
 

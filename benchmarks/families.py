@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
 import transformers
 
 BODIES = Path(__file__).resolve().parent.parent / "tests" / "bodies"
@@ -26,6 +25,7 @@ sys.path.insert(0, str(BODIES))
 import mamba_checkpoints  # noqa: E402
 from braid_orchestrator.body import catalog  # noqa: E402
 from braid_orchestrator.body.catalog import Verified  # noqa: E402
+from braid_orchestrator.threads import use_threads  # noqa: E402
 from checkpoints import CASES, QWEN  # noqa: E402
 from drafts import load_head, save_with_mtp  # noqa: E402
 from goldens import GOLDENS, NAMES, compare_golden, golden_mtp_errors  # noqa: E402
@@ -52,7 +52,7 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
+    use_threads(1)
     found: dict[str, Verified] = {}
     for entry in catalog.ENTRIES:
         if arguments.only and entry.family not in arguments.only:

@@ -320,12 +320,33 @@ def overlap(results: Results) -> Figure:
     return figure
 
 
+def serve(results: Results) -> Figure:
+    """Percentiles of the times of requests, one at a time and under load, each on a logarithmic scale."""
+    names = (("ttft_ms", "time to first token"), ("itl_ms", "between tokens"), ("e2e_ms", "whole request"))
+    figure, panels = plt.subplots(1, len(names), figsize=(9, 3.2), layout="constrained")
+    leave_room(figure)
+    percents = (50, 90, 95, 99)
+    for axes, (name, title) in zip(panels, names, strict=True):
+        for row, colour in zip(results["rows"], (GREY, BLUE, ORANGE, GREEN), strict=False):
+            values = [row[f"{name}_p{percent}"] for percent in percents]
+            label = f"{row['load']}, {row['tokens_per_s']:,.0f} tokens/s"
+            axes.plot(range(len(percents)), values, "o-", color=colour, label=label)
+        axes.set_yscale("log")
+        axes.set_xticks(range(len(percents)), [f"p{percent}" for percent in percents])
+        axes.set_title(title, fontsize=9)
+    panels[0].set_ylabel("milliseconds")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=7.5)
+    return figure
+
+
 PICTURES: Mapping[str, Callable[[Results], Figure]] = {
     "decode": throughput,
     "prefill": throughput,
     "hop": hop,
     "scale": scale,
     "overlap": overlap,
+    "serve": serve,
 }
 
 

@@ -29,6 +29,7 @@ from braid_orchestrator.segments.cut import cut
 from braid_orchestrator.segments.eager import EagerCompiler
 from braid_orchestrator.segments.native import NativeCompiler
 from braid_orchestrator.segments.trace import trace
+from braid_orchestrator.threads import use_threads
 from braid_wire.layers import Role
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
@@ -47,7 +48,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(1)
+    use_threads(1)
     if arguments.families:
         compare_families()
     else:

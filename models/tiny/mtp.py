@@ -5,6 +5,7 @@ predicts the token after that. Run on its own hidden states it drafts on, so it 
 steps of that. It learns the target's own distributions, on the data that the target was trained on.
 
     python models/tiny/mtp.py --model models/tiny --tokens 3000000
+    python models/tiny/mtp.py --model models/tiny --measure     # the saved draft, on held-out text
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Options:
     tokens: int
     lr: float
     threads: int
+    measure: bool
 
 
 @dataclass(frozen=True)
@@ -209,8 +211,8 @@ def train(model: Model, tokenizer: PreTrainedTokenizerFast, data: Streams, optio
 
 @torch.inference_mode()
 def evaluate(model: Model, draft: Draft, stream: np.ndarray, length: int = 256) -> dict[str, list[float]]:
-    """Of each step on held-out text: how often all likeliest guesses so far are the target's, and the
-    mass that the distributions share."""
+    """Of each step on held-out text, behind the text's own tokens: how often the likeliest token is the
+    target's, and the mass that the distributions share."""
     starts = np.linspace(0, len(stream) - length - 1, 128).astype(int)
     tokens = torch.from_numpy(np.stack([stream[start : start + length + 1] for start in starts]))
     sums = [np.zeros(2) for _ in STEP_WEIGHTS]
@@ -261,6 +263,7 @@ def parse_options() -> Options:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--text-share", type=float, default=0.75, help="share of rows that is library source")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--measure", action="store_true", help="train nothing, measure what is saved")
     return Options(**vars(parser.parse_args()))
 
 
@@ -272,8 +275,8 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     model.requires_grad_(False)
     data = Streams(*(encode_texts(tokenizer, texts) for texts in vars(read_sources()).values()))
-    draft = train(model, tokenizer, data, options)
-    save(draft, options.model)
+    if not options.measure:
+        save(train(model, tokenizer, data, options), options.model)
     print(json.dumps(evaluate(model, load(options.model, model.config), data.held_out)))
 
 

@@ -25,6 +25,7 @@ from braid_wire.process import (
     die_with_parent,
     setup_logging,
     thread_count,
+    wait_for_stop,
 )
 from braid_wire.rpc import Server, Tls
 from braid_wire.runtime_dir import RuntimeDirectory
@@ -191,7 +192,7 @@ def _serve(settings: Settings, options: NodeOptions) -> None:
         _on_stop(stop.set)
         node.serve(cell, options.metrics_port, options.metrics_host, options.watching)
         _announce(node, settings)
-        stop.wait()
+        wait_for_stop(stop.wait)
         _end(node, options)
     finally:
         if runtime is not None:

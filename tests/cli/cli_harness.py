@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -130,6 +131,14 @@ def children(pid: int) -> list[int]:
     """Process ids of a process's children, whichever thread made them."""
     lists = [task / "children" for task in Path(f"/proc/{pid}/task").iterdir()]
     return [int(word) for file in lists for word in file.read_text().split()]
+
+
+def signal_another_thread(pid: int, number: int) -> None:
+    """Signal a thread of a process that is not its main one, as the kernel may on a busy machine."""
+    thread = next(int(task.name) for task in Path(f"/proc/{pid}/task").iterdir() if int(task.name) != pid)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.tgkill(pid, thread, number) != 0:
+        raise OSError(ctypes.get_errno(), f"tgkill({pid}, {thread}, {number})")
 
 
 def alive(pid: int) -> bool:

@@ -15,7 +15,7 @@ from braid_orchestrator.client import Completion
 from braid_orchestrator.scrape import layer_times
 from braid_wire.errors import BraidError, Draining, ServiceLost
 from braid_wire.runtime_dir import sweep
-from cli_harness import Place, Served, alive, eventually, named_memory
+from cli_harness import Place, Served, alive, eventually, named_memory, signal_another_thread
 
 PROMPT = [5, 17, 101, 3, 44, 200, 9]
 COUNT = 60
@@ -38,7 +38,7 @@ def finish_under_sigterm(cell: Served) -> None:
     worker = threading.Thread(target=lambda: found.append(generate(cell, 2, started.set)))
     worker.start()
     assert started.wait(30)
-    cell.process.send_signal(signal.SIGTERM)
+    signal_another_thread(cell.process.pid, signal.SIGTERM)
 
     def refused() -> bool:
         try:
@@ -201,7 +201,7 @@ def test_one_process_at_a_time(place: Place, model: Path, tmp_path: Path) -> Non
         done = place.braid("generate", model, "1 2 3", "--ids", "-n", 4, "--connect", at["orchestrator"])
         assert done.code == 0 and len(done.out.split()) == 4
         for process in reversed(processes):
-            process.send_signal(signal.SIGTERM)
+            signal_another_thread(process.pid, signal.SIGTERM)
             assert process.wait(20) == 0
     finally:
         for process in processes:

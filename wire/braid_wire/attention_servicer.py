@@ -27,6 +27,7 @@ from braid_wire.process import (
     ServiceOptions,
     die_with_parent,
     setup_logging,
+    wait_for_stop,
 )
 from braid_wire.rpc import Server, Tls
 
@@ -172,7 +173,7 @@ def serve(
     }
     print(json.dumps(ready), flush=True)
     log.info("serving %s, metrics on port %d", running.address, running.metrics_port)
-    stop.wait()
+    wait_for_stop(stop.wait)
     log.info("stopping")
     running.stop(0.0 if host.faulted else grace_seconds)
     if host.faulted:

@@ -24,6 +24,7 @@ EXIT_FAULT = 1
 EXIT_USAGE = 2
 
 _PR_SET_PDEATHSIG = 1
+_LOOK_UP_S = 0.2
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -176,6 +177,19 @@ def setup_logging(service: str, level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine(f"%(asctime)s %(levelname)s {service}[%(process)d] %(name)s: %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+def wait_for_stop(wait: Callable[[float], bool]) -> None:
+    """Wait on the main thread for what a signal's handler brings about.
+
+    Python runs handlers on the main thread alone, and the kernel may give a signal to any thread: then a
+    main thread that sleeps in a lock is not woken, and the signal is not seen. So it looks up now and then.
+
+    Args:
+        wait: waits for so many seconds, and says whether the end has come.
+    """
+    while not wait(_LOOK_UP_S):
+        pass
 
 
 def die_with_parent(parent_pid: int) -> None:

@@ -26,7 +26,7 @@ from braid_wire.attention_servicer import SERVICE_NAME, AttentionServicer
 from braid_wire.errors import PlanMissing
 from braid_wire.layers import Geometry, Kind, LayerPlan, LayerSpec
 from braid_wire.metrics import ProcessMetrics
-from braid_wire.process import die_with_parent, setup_logging
+from braid_wire.process import die_with_parent, setup_logging, wait_for_stop
 from braid_wire.rpc import Server
 
 from braid_orchestrator.bench import tensor_bytes
@@ -149,7 +149,7 @@ def main(kind: str, address: str, threads: int, parent: int) -> None:
     server.start()
     ready = {"service": kind, "address": address, "metrics_port": 0, "pid": os.getpid()}
     print(json.dumps(ready), flush=True)
-    stop.wait()
+    wait_for_stop(stop.wait)
     server.stop(1.0)
 
 

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 import click
 from braid_wire.metrics import PORTS
-from braid_wire.process import EXIT_OK, log_level_option, setup_logging
+from braid_wire.process import EXIT_OK, log_level_option, setup_logging, wait_for_stop
 from braid_wire.rpc import Tls
 
 from braid_orchestrator import console as consoles
@@ -248,9 +248,9 @@ class _Stop:
             BraidError: what ended a process that could not be kept running.
         """
         if self._cell.supervisor is not None:
-            self._cell.supervisor.join()
+            wait_for_stop(self._cell.supervisor.join)
             return
-        self._asked.wait()
+        wait_for_stop(self._asked.wait)
         with self._cell.client() as client:
             client.drain(drain_seconds)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 from braid_wire.metrics import PORTS
-from braid_wire.process import log_level_option
+from braid_wire.process import begin_loading, log_level_option
 from braid_wire.rpc import Tls
 
 from braid_orchestrator.cli.options import PEM, setting_options
@@ -71,6 +71,7 @@ def main(
     Prints one line of JSON on stdout once it serves. Exits with 0 after SIGTERM, 2 on bad usage, 1
     on a fault.
     """
+    begin_loading()
     # Imported here so that --help and a refused option do not wait for torch.
     from braid_orchestrator.node import NodeOptions, run_node
 

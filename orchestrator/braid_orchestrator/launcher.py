@@ -24,7 +24,6 @@ from braid_orchestrator.client import Client
 from braid_orchestrator.discovery import CellInfo, publish
 from braid_orchestrator.settings import Settings
 from braid_orchestrator.supervisor import Program, Ready, Supervisor, Watch
-from braid_orchestrator.threads import use_threads
 from braid_orchestrator.watching import Watching
 
 if TYPE_CHECKING:
@@ -252,6 +251,8 @@ def embedded_hosts(threads: int, device: str = "cpu") -> dict[Kind, AttentionHos
     from braid_full_attn.core import load as load_full
     from braid_linear_attn.core import load as load_linear
     from braid_wire.attention_host import AttentionHost
+
+    from braid_orchestrator.threads import use_threads
 
     use_threads(threads)
     version = versions(("braid-attention",))["braid-attention"]

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -23,6 +24,8 @@ from braid_wire.process import (
     EXIT_OK,
     EXIT_USAGE,
     die_with_parent,
+    end_loading,
+    leave,
     setup_logging,
     thread_count,
     wait_for_stop,
@@ -132,13 +135,15 @@ class Node:
 
     def stop(self) -> None:
         """End what is left, close the cell, stop serving."""
-        if self._page is not None:
-            self._page.close()
-        if self._cell is not None:
-            self._cell.close()
-        self._server.stop(1.0)
-        if self._endpoint is not None:
-            self._endpoint.close()
+        # Either server sees its end when it next looks up, half a second later at worst: not one after the other.
+        pages = [served for served in (self._page, self._endpoint) if served is not None]
+        with ThreadPoolExecutor(max_workers=2) as closing:
+            closed = [closing.submit(served.close) for served in pages]
+            if self._cell is not None:
+                self._cell.close()
+            self._server.stop(1.0)
+        for served in closed:
+            served.result()
 
     def _refused(self, error: BraidError) -> None:
         if self._cell is not None:
@@ -159,15 +164,15 @@ def run_node(settings: Settings, options: NodeOptions) -> NoReturn:
         _serve(settings, options)
     except (ServiceFault, ServiceLost) as error:
         _report(error)
-        sys.exit(EXIT_FAULT)
+        leave(EXIT_FAULT)
     except BraidError as error:
         _report(error)
-        sys.exit(EXIT_USAGE)
+        leave(EXIT_USAGE)
     except Exception as error:
         log.exception("the orchestrator failed")
         _report(ServiceFault(f"{type(error).__name__}: {error}"))
-        sys.exit(EXIT_FAULT)
-    sys.exit(EXIT_OK)
+        leave(EXIT_FAULT)
+    leave(EXIT_OK)
 
 
 def _serve(settings: Settings, options: NodeOptions) -> None:
@@ -191,6 +196,7 @@ def _serve(settings: Settings, options: NodeOptions) -> None:
         cell = Cell(settings.model, links, handover, cell_options, traces)
         _on_stop(stop.set)
         node.serve(cell, options.metrics_port, options.metrics_host, options.watching)
+        end_loading()
         _announce(node, settings)
         wait_for_stop(stop.wait)
         _end(node, options)

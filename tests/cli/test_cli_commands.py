@@ -7,6 +7,7 @@ import os
 import pty
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,12 @@ def test_version_and_help(place: Place) -> None:
     for command in ("serve", "generate", "score", "plan", "status", "drain"):
         assert command in done.out
         assert place.braid(command, "--help").code == 0
+
+
+def test_commands_do_not_wait_for_torch() -> None:
+    code = "import sys, braid_orchestrator.cli as cli; cli.run(['plan', sys.argv[1]]); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, TINY], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_wrong_usage_exits_with_2(place: Place) -> None:

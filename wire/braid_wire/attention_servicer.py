@@ -25,7 +25,10 @@ from braid_wire.process import (
     EXIT_OK,
     EXIT_USAGE,
     ServiceOptions,
+    begin_loading,
     die_with_parent,
+    end_loading,
+    leave,
     setup_logging,
     wait_for_stop,
 )
@@ -165,6 +168,7 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     running = RunningService(host, address, metrics_port, metrics_host, tls)
+    end_loading()
     ready = {
         "service": host.kind.value,
         "address": running.address,
@@ -192,6 +196,7 @@ def run_service(name: str, options: ServiceOptions, load: Callable[[], Attention
         load: makes the core, its kernels loaded and their threads set.
     """
     try:
+        begin_loading()
         setup_logging(name, options.log_level)
         if options.parent is not None:
             die_with_parent(options.parent)
@@ -204,11 +209,11 @@ def run_service(name: str, options: ServiceOptions, load: Callable[[], Attention
         serve(host, options.address, options.metrics_port, options.metrics_host, tls, options.grace_seconds)
     except ServiceFault as error:
         log.error("%s", error.message)
-        sys.exit(EXIT_FAULT)
+        leave(EXIT_FAULT)
     except BraidError as error:
         print(f"braid-{name}: {error.message}", file=sys.stderr)
-        sys.exit(EXIT_USAGE)
+        leave(EXIT_USAGE)
     except Exception:
         log.exception("the service failed")
-        sys.exit(EXIT_FAULT)
-    sys.exit(EXIT_OK)
+        leave(EXIT_FAULT)
+    leave(EXIT_OK)

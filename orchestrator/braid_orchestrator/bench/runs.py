@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from braid_wire.batch import IntArray
+from braid_wire.process import end_loading
 
 from braid_orchestrator.bench import stats
 from braid_orchestrator.bench.cells import Services
@@ -164,6 +165,7 @@ def _measure(options: BenchOptions, bench: str, measure: Measure) -> list[Row]:
         options.progress("starting")
         directory = stack.enter_context(checkpoint(options.model))
         peers, vocab_size = _peers(stack, directory, options)
+        end_loading()  # as the orchestrator's own process does; the peers in this one profit alike
         for context in options.contexts:
             for batch in options.batches:
                 options.progress(f"{bench}, batch {batch}, context {context}")

@@ -31,24 +31,31 @@ def tokens(client: Client, count: int) -> list[int]:
     return [token for chunk in client.generate(PROMPT, count, ignore_eos=True) for token in chunk.token_ids]
 
 
-def test_calls_doorbells_and_lanes_give_the_same_bits() -> None:
-    found = []
-    for dispatch, overlap in (("rpc", "off"), ("walk", "off"), ("walk", "on")):
-        settings = Settings(TINY, dispatch=dispatch, overlap=overlap, threads=1)
-        with launch(settings) as cell, cell.client() as client:
-            assert all(service.description.doorbells for service in client.status().services)
-            found.append((*logits(client), *client.score([PROMPT * 16], want_logits=True).logits))
-    calls, doorbells, lanes = found
-    for one, two, three in zip(calls, doorbells, lanes, strict=True):
-        assert torch.equal(one, two)
-        assert torch.equal(one, three)
+def of_a_cell(dispatch: str, overlap: str) -> list[torch.Tensor]:
+    """Logits of short and long prompts; those of `logits` come first."""
+    settings = Settings(TINY, dispatch=dispatch, overlap=overlap, threads=1)
+    with launch(settings) as cell, cell.client() as client:
+        assert all(service.description.doorbells for service in client.status().services)
+        return [*logits(client), *client.score([PROMPT * 16], want_logits=True).logits]
+
+
+@pytest.fixture(scope="module")
+def doorbells() -> list[torch.Tensor]:
+    """Of a cell whose layers are handed over by doorbells, on one lane."""
+    return of_a_cell("walk", "off")
+
+
+@pytest.mark.parametrize(("dispatch", "overlap"), [("rpc", "off"), ("walk", "on")])
+def test_calls_doorbells_and_lanes_give_the_same_bits(
+    dispatch: str, overlap: str, doorbells: list[torch.Tensor]
+) -> None:
+    for ours, theirs in zip(of_a_cell(dispatch, overlap), doorbells, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_without_a_compiler_the_same_model_runs_by_messages(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, doorbells: list[torch.Tensor]
 ) -> None:
-    with launch(Settings(TINY, threads=1)) as cell, cell.client() as client:
-        expected = logits(client)
     monkeypatch.setenv("CXX", "/nonexistent")
     monkeypatch.setenv("BRAID_CACHE_DIR", str(tmp_path))
     said: list[str] = []
@@ -57,7 +64,7 @@ def test_without_a_compiler_the_same_model_runs_by_messages(
         assert [service.description.backend for service in services] == ["reference", "reference"]
         assert not any(service.description.doorbells for service in services)
         found = logits(client)
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(found, doorbells[: len(found)], strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)
     warnings = [line for line in said if "doorbells" in line]
     assert len(warnings) == 2, said  # one for each service, naming the cause

@@ -135,7 +135,7 @@ class Node:
 
     def stop(self) -> None:
         """End what is left, close the cell, stop serving."""
-        # Either server sees its end when it next looks up, half a second later at worst: not one after the other.
+        # Either server sees its end when it next looks up, half a second later: both at once.
         pages = [served for served in (self._page, self._endpoint) if served is not None]
         with ThreadPoolExecutor(max_workers=2) as closing:
             closed = [closing.submit(served.close) for served in pages]

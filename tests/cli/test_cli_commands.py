@@ -43,8 +43,8 @@ def test_version_and_help(place: Place) -> None:
 
 
 def test_commands_do_not_wait_for_torch() -> None:
-    code = "import sys, braid_orchestrator.cli as cli; cli.run(['plan', sys.argv[1]]); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, TINY], capture_output=True, text=True, check=True)
+    code = "import sys; from braid_orchestrator import cli; cli.run(sys.argv[1:]); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, "plan", TINY], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -166,6 +167,7 @@ def _measure(options: BenchOptions, bench: str, measure: Measure) -> list[Row]:
         directory = stack.enter_context(checkpoint(options.model))
         peers, vocab_size = _peers(stack, directory, options)
         end_loading()  # as the orchestrator's own process does; the peers in this one profit alike
+        stack.callback(gc.unfreeze)
         for context in options.contexts:
             for batch in options.batches:
                 options.progress(f"{bench}, batch {batch}, context {context}")

@@ -43,8 +43,9 @@ def test_version_and_help(place: Place) -> None:
 
 
 def test_commands_do_not_wait_for_torch() -> None:
-    code = "import sys; from braid_orchestrator import cli; cli.run(sys.argv[1:]); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, "plan", TINY], capture_output=True, text=True, check=True)
+    code = "import sys; from braid_orchestrator import cli; cli.run(['plan', sys.argv[1]]); "
+    command = [sys.executable, "-c", f"{code}print('torch' in sys.modules)", str(TINY)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
 
 

@@ -596,11 +596,15 @@ class Step:
                 ticket=layer.ticket,
             )
             stamps.timing = dispatcher.links[side].attend(request).timing
+            # A call is waited for from its beginning on, whatever is asked for behind it.
+            stamps.waited_ns, stamps.taken_ns = stamps.posted_ns, time.monotonic_ns()
 
     def _take(self, layer: Prepared) -> None:
         _, layer_id, side = layer.point
         dispatcher, batch = self._dispatcher, self.batch
         stamps = self._ran[layer_id, side]
+        if stamps.timing is not None:
+            return  # the answer of a call is here
         self.opening.settle(side)
         stamps.waited_ns = time.monotonic_ns()
         handover = dispatcher.handover(side)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -14,6 +15,7 @@ from braid_orchestrator.dispatcher import Dispatch, Step, check_coverage
 from braid_orchestrator.link import EmbeddedLink, Link
 from braid_orchestrator.memory import SequenceMemory, Span
 from braid_orchestrator.request import Failed, Finished, Request, Scored
+from braid_orchestrator.timings import StepTimes
 from braid_wire.attention_host import AttentionHost
 from braid_wire.errors import (
     BatchInvalid,
@@ -30,6 +32,7 @@ from braid_wire.metrics import ProcessMetrics
 from cells import CellMaker, embedded_links
 
 FULL_ID = 3
+LATE_S = 0.3
 
 
 @pytest.fixture
@@ -188,6 +191,34 @@ class _Altered(EmbeddedLink):
         answer = super().plan(request)
         answer.summary.qo_indptr_last += self._rows
         return answer
+
+
+class _Late(EmbeddedLink):
+    """A way whose answers are long on the road."""
+
+    def __init__(self, link: Link) -> None:
+        super().__init__(link.kind, link._host)  # type: ignore[attr-defined]
+
+    def attend(self, request: pb.AttendRequest) -> pb.AttendResponse:
+        answer = super().attend(request)
+        time.sleep(LATE_S)
+        return answer
+
+
+def test_the_way_back_of_a_call_is_a_part_of_its_hop(make_cell: CellMaker) -> None:
+    links = dict(embedded_links())
+    links[Kind.FULL] = _Late(links[Kind.FULL])
+    cell = make_cell(links=links, dispatch=Dispatch.RPC)
+    seen: list[StepTimes] = []
+    cell.dispatcher.observer = seen.append
+    work = Request("r", np.arange(5, dtype=np.int64), chunk=5)
+    cell.engine.submit(work)
+    assert isinstance(list(work.stream())[-1], Finished)
+    layers = [layer for step in seen for layer in step.layers]
+    assert {layer.side for layer in layers} == {Kind.FULL, Kind.LINEAR}
+    for layer in layers:
+        assert (layer.hop_ns >= LATE_S * 1e9) == (layer.side is Kind.FULL)
+        assert layer.compute_ns + layer.hop_ns <= layer.taken_ns - layer.posted_ns
 
 
 def test_a_service_that_disputes_a_layer_stops_start_up(make_cell: CellMaker) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from braid_wire.layers import Kind
 
 from braid_orchestrator.cell import Cell
-from braid_orchestrator.dispatcher import Dispatch
 from braid_orchestrator.timings import StepTimes
 
 _KINDS = (Kind.FULL, Kind.LINEAR)
@@ -41,14 +40,8 @@ class LayerSeconds:
 @contextmanager
 def watched(cell: Cell, note: Callable[[StepTimes], None]) -> Iterator[None]:
     """Tell `note` of every step that runs inside the block."""
-    calls = cell.dispatcher.dispatch is Dispatch.RPC
-    cell.dispatcher.observer = (lambda times: note(_of_calls(times))) if calls else note
+    cell.dispatcher.observer = note
     try:
         yield
     finally:
         cell.dispatcher.observer = None
-
-
-def _of_calls(times: StepTimes) -> StepTimes:
-    """A call is waited for from its beginning on, not from when its answer is asked for."""
-    return replace(times, layers=tuple(replace(one, waited_ns=one.posted_ns) for one in times.layers))

@@ -136,8 +136,11 @@ void tile(const float* x, const float* w, int64_t steps, float* sums, int64_t st
     }
     for (int64_t i = 0; i < steps; i++) {
         if constexpr (PANELS == 1) {
-            __builtin_prefetch(ahead);
-            if constexpr (STEP > LINE) __builtin_prefetch(ahead + LINE);
+            // A row or two take the weights as fast as they come; more rows leave them time, in which those
+            // ahead would drive x and this panel out of L1: L2 is near enough.
+            constexpr int NEAR = ROWS <= 2 ? 3 : 2;
+            __builtin_prefetch(ahead, 0, NEAR);
+            if constexpr (STEP > LINE) __builtin_prefetch(ahead + LINE, 0, NEAR);
             ahead += advance;
         }
         vf words[2 * PANELS];

@@ -12,8 +12,12 @@ from torch import Tensor
 
 from braid_kernels.errors import FieldError, InputError
 from braid_kernels.native.library import DTYPE_CODES, check_descriptor, dtype_code, library
+from braid_kernels.native.pages import LargePages
 
 _VOID, _I32, _I64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+
+# Whatever begins at a line has every vector of its layout within one.
+_WEIGHTS = LargePages()
 
 
 class GemmPart(ctypes.Structure):
@@ -77,13 +81,6 @@ def _rows(name: str, tensor: Tensor, columns: int, dtype: torch.dtype) -> Tensor
     return tensor
 
 
-def _buffer(size: int) -> Tensor:
-    """Bytes on a 64-byte boundary, in which every vector of the layout then lies within one cache line."""
-    whole = torch.empty(size + 63, dtype=torch.uint8)
-    begin = -whole.data_ptr() % 64
-    return whole[begin : begin + size]
-
-
 def pack(*weights: Tensor) -> PackedWeight:
     """Weights [n_i, k] of projections of one input, merged in this order.
 
@@ -96,7 +93,7 @@ def pack(*weights: Tensor) -> PackedWeight:
     if n < 1 or k < 1:
         raise FieldError("weights", [n, k], "must have at least one row and one column")
     code, lib = dtype_code("weight", weights[0]), gemm_library()
-    data = _buffer(lib.braid_gemm_packed_bytes(n, k, code))
+    data = _WEIGHTS.take(lib.braid_gemm_packed_bytes(n, k, code))
     first = 0
     for weight in weights:
         rows = _rows("weight", weight, k, dtype)
@@ -115,7 +112,7 @@ def pack_gated(gate: Tensor, up: Tensor) -> PackedWeight:
     gate, up = _rows("gate", gate, k, gate.dtype), _rows("up", up, k, gate.dtype)
     if up.shape != gate.shape:
         raise InputError("up", list(up.shape), f"must be {list(gate.shape)} as the gate")
-    data = _buffer(lib.braid_gemm_packed_gated_bytes(n, k, code))
+    data = _WEIGHTS.take(lib.braid_gemm_packed_gated_bytes(n, k, code))
     lib.braid_gemm_pack_gated(
         gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), code, n, k, data.data_ptr()
     )

@@ -46,6 +46,7 @@ from braid_orchestrator.segments.native_programs import build
 # stays in cache, enough that a weight's panel is used often.
 _CHUNK = 128
 _LINE = 64
+_GRID = 3  # positions of a token where they are of time, height and width
 
 
 class NativeCompiler(SegmentCompiler):
@@ -106,6 +107,8 @@ class NativeRole(SegmentedRole):
         self._pieces = [_pieces(graph, self._memory, self._torchs) for graph in lowered.segments]
         self._head = _pieces(lowered.head, self._memory, self._torchs)
         self._result = self._memory.tensor(lowered.names[RESULT])
+        self._first = self._result[:0]
+        """Of the last step's tokens; made anew where a step has another number of them."""
         graphs = (*lowered.segments, lowered.head)
         self.batch_invariant = not any(graph.left_to_torch for graph in graphs)
         self._tokens = 0
@@ -117,16 +120,15 @@ class NativeRole(SegmentedRole):
             raise BatchInvalid(
                 f"the step has {tokens} tokens; it must have 1 to {self._max_tokens}", field="num_tokens"
             )
-        if self._cut.mrope and positions.ndim == 1:
-            positions = positions.expand(3, -1)
-        if positions.shape != ((3, tokens) if self._cut.mrope else (tokens,)) or ids.ndim != 1:
+        shapes = ((tokens,), (_GRID, tokens)) if self._cut.mrope else ((tokens,),)
+        if positions.shape not in shapes or ids.ndim != 1:
             raise BatchInvalid(
                 f"positions are {list(positions.shape)} for {tokens} tokens", field="positions"
             )
         self._next = len(self.segments)
         self._torchs.clear()
         self._memory.give(IDS, ids)
-        self._memory.give(POSITIONS, positions.T if self._cut.mrope else positions)
+        self._memory.give_columns(POSITIONS, positions)
         if self._cut.draft:
             if hidden is None or len(hidden) != tokens:
                 raise BatchInvalid(
@@ -148,7 +150,9 @@ class NativeRole(SegmentedRole):
     def result(self) -> torch.Tensor:
         if self._next != len(self.segments) or not self._tokens:
             raise StepOrder("the step's segments have not all run")
-        return self._result[: self._tokens]
+        if len(self._first) != self._tokens:
+            self._first = self._result[: self._tokens]
+        return self._first
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         if self._next != len(self.segments) or not self._tokens:
@@ -223,6 +227,22 @@ class _Memory:
             ctypes.memmove(place.data_ptr(), rows.data_ptr(), rows.numel() * place.itemsize)
         else:
             place[:count].copy_(rows.reshape(count, -1))
+
+    def give_columns(self, name: str, columns: torch.Tensor) -> None:
+        """Copy an input [n], or [width, n], to its place, where each token has a row of it.
+
+        By numpy, which is done before torch has made its views. BatchInvalid where the dtype does not fit.
+        """
+        if name not in self._names:
+            return
+        place = self._outside[name]
+        if columns.dtype != place.dtype or not columns.is_cpu:
+            raise BatchInvalid(
+                f"{name} is {columns.dtype} on {columns.device}; it must be {place.dtype} on the CPU",
+                field=name,
+            )
+        array = columns.numpy()
+        place.numpy()[: array.shape[-1]] = array.T if array.ndim > 1 else array[:, None]
 
     @contextmanager
     def lent(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:

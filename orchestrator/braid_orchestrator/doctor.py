@@ -25,6 +25,9 @@ _SEAL_KERNEL = (4, 5)
 _IPC_DRIVER = 450
 
 
+LARGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
+
+
 class State(Enum):
     """Of one finding; `FAIL` keeps Braid from running as asked, `WARN` only from running well."""
 
@@ -78,6 +81,7 @@ def examine(machine: Machine, wanted: Wanted) -> Iterator[Finding]:
         _kernel,
         _shared_memory,
         _memory,
+        _large_pages,
         _runtime_directory,
         _open_files,
         _cores,
@@ -121,6 +125,14 @@ def _memory(machine: Machine) -> Finding:
         mend = "free memory, or raise the container's limit: weights and --pool-bytes need more"
         return Finding("memory", State.WARN, f"{human_bytes(free)} available", mend)
     return Finding("memory", State.OK, f"{human_bytes(free)} available")
+
+
+def _large_pages(machine: Machine) -> Finding:
+    said = machine.text(LARGE_PAGES)
+    if said is None or "[never]" in said:
+        mend = f"echo madvise > {LARGE_PAGES}: weights on the CPU are read up to a quarter faster"
+        return Finding("large pages", State.WARN, "the system gives none", mend)
+    return Finding("large pages", State.OK, "given to weights")
 
 
 def _runtime_directory(machine: Machine) -> Finding:

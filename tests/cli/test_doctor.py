@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from braid_orchestrator.doctor import Finding, State, Wanted, examine, healthy
+from braid_orchestrator.doctor import LARGE_PAGES, Finding, State, Wanted, examine, healthy
 from braid_orchestrator.machine import Machine
 from cli_harness import Place
 
@@ -25,6 +25,7 @@ class Faked(Machine):
             "socket": "",
             "mode": 0o700,
             "owner": 1000,
+            "large pages": "always [madvise] never\n",
             "files": 65536,
             "cores": 16,
             "programs": {"c++": "/usr/bin/c++"},
@@ -56,8 +57,8 @@ class Faked(Machine):
         return self._of("environment", name)  # type: ignore[return-value]
 
     def text(self, path: str) -> str | None:
-        assert path == "/proc/sys/kernel/osrelease"
-        return self._said["osrelease"]  # type: ignore[return-value]
+        name = {"/proc/sys/kernel/osrelease": "osrelease", LARGE_PAGES: "large pages"}[path]
+        return self._said[name]  # type: ignore[return-value]
 
     def exists(self, path: str) -> bool:
         return path in self._said["files_there"]  # type: ignore[operator]
@@ -131,6 +132,8 @@ SELF = {"/proc/self/ns/ipc": "ipc:[1]", "/proc/self/ns/pid": "pid:[1]"}
         ({"osrelease": None}, Wanted(), "kernel", "fail", "unknown", "/proc"),
         ({"memfd": "ENOSYS"}, Wanted(), "shared memory", "fail", "ENOSYS", "memfd_create"),
         ({"memory": 1 << 30}, Wanted(), "memory", "warn", "1 GiB", "limit"),
+        ({"large pages": "always madvise [never]"}, Wanted(), "large pages", "warn", "none", "madvise"),
+        ({"large pages": None}, Wanted(), "large pages", "warn", "none", "madvise"),
         ({"socket": "Read-only"}, Wanted(), "runtime directory", "fail", "Read-only", "BRAID_RUNTIME_DIR"),
         ({"mode": 0o755}, Wanted(), "runtime directory", "fail", "755", "chmod 700"),
         ({"owner": 0}, Wanted(), "runtime directory", "fail", "another user", "chown 1000"),

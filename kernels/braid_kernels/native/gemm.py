@@ -81,8 +81,8 @@ def _rows(name: str, tensor: Tensor, columns: int, dtype: torch.dtype) -> Tensor
     return tensor
 
 
-def pack(*weights: Tensor) -> PackedWeight:
-    """Weights [n_i, k] of projections of one input, merged in this order.
+def pack(*weights: Tensor, memory: LargePages = _WEIGHTS) -> PackedWeight:
+    """Weights [n_i, k] of projections of one input, merged in this order, in memory of the given kind.
 
     Raises InputError for a shape or dtype that does not fit, FieldError for an empty weight.
     """
@@ -93,7 +93,7 @@ def pack(*weights: Tensor) -> PackedWeight:
     if n < 1 or k < 1:
         raise FieldError("weights", [n, k], "must have at least one row and one column")
     code, lib = dtype_code("weight", weights[0]), gemm_library()
-    data = _WEIGHTS.take(lib.braid_gemm_packed_bytes(n, k, code))
+    data = memory.take(lib.braid_gemm_packed_bytes(n, k, code))
     first = 0
     for weight in weights:
         rows = _rows("weight", weight, k, dtype)

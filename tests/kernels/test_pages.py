@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ def test_what_is_taken_is_whole_and_nobody_elses(sizes: list[int]) -> None:
     assert [len(one) for one in taken] == sizes
     spans = sorted((one.data_ptr(), one.data_ptr() + len(one)) for one in taken if len(one))
     assert all(begin % 64 == 0 for begin, _ in spans)
-    for (_, end), (begin, _) in zip(spans, spans[1:], strict=False):
+    for (_, end), (begin, _) in itertools.pairwise(spans):
         assert end <= begin
     for number, one in enumerate(taken):
         one[:1].fill_(number + 1)

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -33,8 +34,16 @@ class Buildah:
     """buildah with a store of its own."""
 
     def __init__(self, place: Path) -> None:
-        self.command = ("buildah", "--root", str(place / "s"), "--runroot", str(place / "n"))
-        self.command += ("--storage-driver", "vfs")
+        self._store = place / "s"
+        self.command = ("buildah", "--root", str(self._store), "--runroot", str(place / "n"))
+        self.command += ("--storage-driver", "overlay" if _overlays(place) else "vfs")
+
+    def close(self) -> None:
+        """Take down its containers and what it mounted."""
+        self("rm", "--all")
+        store = self._store / "overlay"
+        if store.is_mount():
+            subprocess.run(["umount", store], check=True)
 
     def __call__(self, *arguments: object) -> str:
         done = subprocess.run(
@@ -58,7 +67,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def buildah(place: Path) -> Buildah:
+def buildah(place: Path) -> Iterator[Buildah]:
     """With a base image: Debian and Python, from this machine's own mirror."""
     mirror = _mirror()
     if mirror is None:
@@ -74,13 +83,16 @@ def buildah(place: Path) -> Buildah:
         config["global"] = _pip()
         config.write(file)
     build = Buildah(place)
-    container = build("from", "scratch")
-    build("add", "-q", container, root, "/")
-    build("config", "--env", f"PATH={SYSTEM_PATH}", container)
-    build("commit", "-q", container, BASE)
-    build("rm", container)
-    shutil.rmtree(root)
-    return build
+    try:
+        container = build("from", "scratch")
+        build("add", "-q", container, root, "/")
+        build("config", "--env", f"PATH={SYSTEM_PATH}", container)
+        build("commit", "-q", container, BASE)
+        build("rm", container)
+        shutil.rmtree(root)
+        yield build
+    finally:
+        build.close()
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +102,9 @@ def images(buildah: Buildah) -> dict[str, str]:
     found = {}
     for name, folder in IMAGES.items():
         found[name] = f"localhost/braid-{folder.replace('_', '-')}"
-        options = ("--isolation", "chroot", *volumes, "--build-arg", f"BASE={BASE}", "-t", found[name])
+        # With its layers kept, what the images have in common is built once.
+        options = ("--layers", "--isolation", "chroot", *volumes, "--build-arg", f"BASE={BASE}")
+        options += ("-t", found[name])
         buildah("bud", *options, "-f", f"{folder}/Dockerfile", ".")
     return found
 
@@ -153,6 +167,20 @@ def test_an_image_holds_no_more_than_it_needs(buildah: Buildah, images: dict[str
     assert ("transformers" in found) is (name == ORCHESTRATOR)
     assert not {"pytest", "hatchling", "mypy"} & found
     assert buildah(*run, "id", "-u") == str(UID)
+
+
+def _overlays(place: Path) -> bool:
+    """Whether directories can be laid over each other here; without, every layer is a copy of all below it."""
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        lower, upper, work, merged = (Path(folder) / name for name in ("lower", "upper", "work", "merged"))
+        for path in (lower, upper, work, merged):
+            path.mkdir()
+        options = f"lowerdir={lower},upperdir={upper},workdir={work}"
+        command = ["mount", "-t", "overlay", "overlay", "-o", options, merged]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            return False
+        subprocess.run(["umount", merged], check=True)
+        return True
 
 
 def _mirror() -> str | None:

@@ -10,6 +10,7 @@ import configparser
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from compose_cell import FULL, LINEAR, ORCHESTRATOR, PORTS, ROOT, TINY, ComposeCell, entrypoint
+from compose_cell import FULL, LINEAR, ORCHESTRATOR, PORTS, ROOT, TINY, ComposeCell, entrypoint, eventually
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(1500)]
 
@@ -135,6 +136,8 @@ class ImageCell(ComposeCell):
         ports |= {"127.0.0.1:50051": f"127.0.0.1:{self.grpc}"}
         variables = {**service["environment"], "OMP_NUM_THREADS": "1"}
         return [
+            # What runs in the chroot outlives buildah, but not the first process of its PID namespace.
+            *("unshare", "--pid", "--mount-proc", "--fork", "--kill-child"),
             *self._buildah.command,
             *("run", "--isolation", "chroot", "--user", f"{UID}:{UID}"),
             *(word for key, value in variables.items() for word in ("--env", f"{key}={value}")),
@@ -156,6 +159,7 @@ def test_the_cell_in_the_images_answers(place: Path, buildah: Buildah, images: d
         assert {service.description.backend for service in status.services} == {"cpp"}
     finally:
         cell.close()
+    assert eventually(lambda: not any(map(listens, (cell.ports[name] for name in IMAGES)))), "one still runs"
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -169,8 +173,14 @@ def test_an_image_holds_no_more_than_it_needs(buildah: Buildah, images: dict[str
     assert buildah(*run, "id", "-u") == str(UID)
 
 
+def listens(port: int) -> bool:
+    """Whether somebody does, on this machine's loopback."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def _overlays(place: Path) -> bool:
-    """Whether directories can be laid over each other here; without, every layer is a copy of all below it."""
+    """Whether directories can be laid over each other here; else every layer is a copy of all below it."""
     with tempfile.TemporaryDirectory(dir=place) as folder:
         lower, upper, work, merged = (Path(folder) / name for name in ("lower", "upper", "work", "merged"))
         for path in (lower, upper, work, merged):

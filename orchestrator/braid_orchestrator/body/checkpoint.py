@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from braid_wire.errors import ConfigInvalid
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from braid_orchestrator.body.family import LoadRequest
 from braid_orchestrator.layer_plan import load_config
@@ -113,14 +115,15 @@ def _from_pretrained(
     how: Mapping[str, Any],
 ) -> PreTrainedModel:
     try:
-        model, info = model_class.from_pretrained(
-            directory,
-            dtype=request.dtype,
-            attn_implementation="eager",
-            local_files_only=True,
-            output_loading_info=True,
-            **how,
-        )
+        with _without_report():
+            model, info = model_class.from_pretrained(
+                directory,
+                dtype=request.dtype,
+                attn_implementation="eager",
+                local_files_only=True,
+                output_loading_info=True,
+                **how,
+            )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ConfigInvalid(
             f"{request.directory} cannot be loaded: {error}", field="model", value=request.directory
@@ -129,6 +132,20 @@ def _from_pretrained(
     unexpected = [key for key in info["unexpected_keys"] if not _is_extra(key, request)]
     require_exact(request.directory, missing, unexpected)
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """No warnings of transformers, which takes what a draft shares with its target for missing.
+
+    What really is missing is refused by `require_exact`.
+    """
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def require_exact(directory: Path, missing: Sequence[str], unexpected: Sequence[str]) -> None:

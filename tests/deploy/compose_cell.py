@@ -118,7 +118,7 @@ class ComposeCell:
         self.runtime = place / "r"
         self.runtime.mkdir(mode=0o700)
         self.ports = {name: free_port() for name in PORTS}
-        self.http, self.grpc = free_port(), free_port()
+        self.http, self.grpc, self.page = free_port(), free_port(), free_port()
         self.services = read_compose({"BRAID_MODEL_NAME": "tiny", **(variables or {})})["services"]
         self.logs = {name: place / f"{name}.log" for name in names}
         self.address = f"unix:{self.runtime}/orchestrator.sock"
@@ -141,6 +141,7 @@ class ComposeCell:
             "0.0.0.0": "127.0.0.1",
             "127.0.0.1:50051": f"127.0.0.1:{self.grpc}",
             "8000": str(self.http),
+            "9404": str(self.page),
         }
         return exact.get(word, word.replace("/run/braid", str(self.runtime)))
 

@@ -8,13 +8,14 @@ from typing import Any
 Json = dict[str, Any]
 _REFERENCE = "service:"
 LOOPBACK = "127.0.0.1"
+COMPILED = ("TRITON_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE", "CUDA_CACHE_PATH")
 
 
 def problems(compose: Json) -> list[str]:
     """Each as a line that begins with the service's name."""
     found = []
     for name, service in compose["services"].items():
-        for check in (_namespaces, _networks, _ports, _devices, _hardening, _volumes, _depends):
+        for check in CHECKS:
             found += [f"{name}: {line}" for line in check(name, service, compose)]
     return [*found, *_clashes(compose)]
 
@@ -112,6 +113,33 @@ def _volumes(name: str, service: Json, compose: Json) -> Iterator[str]:
             yield f"volume {source} is not declared"
 
 
+def _compiled(name: str, service: Json, compose: Json) -> Iterator[str]:
+    """What is compiled for a GPU lies on a volume: a tmpfs may not be executed and does not last."""
+    volumes = [str(volume).split(":") for volume in service.get("volumes", [])]
+    reserved = service.get("deploy", {}).get("resources", {}).get("reservations", {})
+    if not reserved or "cache" not in [source for source, *_ in volumes]:
+        return
+    for key in COMPILED:
+        path = str(service.get("environment", {}).get(key, ""))
+        if not any(path == volume[1] or path.startswith(f"{volume[1]}/") for volume in volumes):
+            yield f"{key} is on no volume"
+
+
+def _stops(name: str, service: Json, compose: Json) -> Iterator[str]:
+    """An orchestrator that drains still needs its services, so it is stopped before them."""
+    words = [str(word) for word in service.get("command", [])]
+    called = {words[words.index(option) + 1] for option in ("--full", "--linear") if option in words}
+    for other, target in compose["services"].items():
+        theirs = [str(word) for word in target.get("command", [])]
+        if (
+            "--address" in theirs
+            and theirs[theirs.index("--address") + 1] in called
+            and _profiles(service) == _profiles(target)
+            and other not in service.get("depends_on", {})
+        ):
+            yield f"is not stopped before {other}"
+
+
 def _depends(name: str, service: Json, compose: Json) -> Iterator[str]:
     for other in service.get("depends_on", {}):
         target = compose["services"].get(other)
@@ -119,6 +147,9 @@ def _depends(name: str, service: Json, compose: Json) -> Iterator[str]:
             yield f"depends on {other}, which is no service"
         elif "mps" not in _profiles(service) and not _profiles(service) <= _profiles(target):
             yield f"depends on {other}, which its profiles leave out"
+
+
+CHECKS = (_namespaces, _networks, _ports, _devices, _hardening, _volumes, _compiled, _stops, _depends)
 
 
 def _clashes(compose: Json) -> Iterator[str]:
@@ -130,7 +161,7 @@ def _clashes(compose: Json) -> Iterator[str]:
                 continue
             place = str(service.get("network_mode", name)).removeprefix(_REFERENCE)
             words = [str(word) for word in service.get("command", [])]
-            for option in ("--metrics-port", "--port"):
+            for option in ("--metrics-port", "--page-port", "--port"):
                 if option in words:
                     key = place, words[words.index(option) + 1]
                     if key in listens:

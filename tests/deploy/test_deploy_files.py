@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from braid_orchestrator.gateway import METRICS_PORT
+from braid_orchestrator.watching import PAGE_PORT
 from braid_wire.metrics import PORTS as METRICS_PORTS
 from compose_cell import FULL, GATEWAY, LINEAR, ORCHESTRATOR, PORTS, ROOT, read_compose
 from compose_check import problems
@@ -82,6 +83,9 @@ def _at(path: str, value: object) -> Callable[[Json], None]:
         (_at("full-cpu.volumes", ["nothing:/x"]), "full-cpu: volume nothing is not declared"),
         (_at("full-cpu.depends_on", {"full": {}}), "full-cpu: depends on full, which its profiles leave out"),
         (_at("linear-cpu.command", ["--metrics-port", "9401"]), "linear-cpu: port 9401 of anchor's network"),
+        (_at("orchestrator.depends_on", {"anchor": {}}), "orchestrator: is not stopped before full"),
+        (_at("linear.environment.TRITON_CACHE_DIR", None), "linear: TRITON_CACHE_DIR is on no volume"),
+        (_at("full.environment", {"CUDA_CACHE_PATH": "/tmp/cuda"}), "full: CUDA_CACHE_PATH is on no volume"),
         (_at("grafana.ports", ["127.0.0.1:9090:3000"]), "grafana: port 9090 of the host is prometheus's"),
     ],
 )
@@ -106,6 +110,13 @@ def test_ports_are_those_of_the_code_and_of_prometheus() -> None:
     scraped = yaml.safe_load((FOLDER / "prometheus.yml").read_text())["scrape_configs"]
     targets = {target for job in scraped for static in job["static_configs"] for target in static["targets"]}
     assert {f"anchor:{port}" for port in wanted.values()} <= targets
+
+
+def test_the_live_page_is_published() -> None:
+    compose = read_compose()["services"]
+    words = compose[ORCHESTRATOR]["command"]
+    assert words[words.index("--page-port") + 1] == str(PAGE_PORT)
+    assert f"127.0.0.1:{PAGE_PORT}:{PAGE_PORT}" in compose["anchor"]["ports"]
 
 
 def test_profiles_differ_in_nothing_but_the_gpu() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import signal
 import threading
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,6 +47,18 @@ def tokens(client: Client, kill: threading.Event | None = None) -> list[int]:
         if kill is not None and len(found) >= 10:
             kill.set()
     return found
+
+
+def test_the_live_page_answers(cell: ComposeCell) -> None:
+    with urllib.request.urlopen(f"http://127.0.0.1:{cell.page}/", timeout=5) as response:
+        assert b"<title>Braid" in response.read()
+
+
+def test_a_start_warns_of_nothing(cell: ComposeCell) -> None:
+    for name, log in cell.logs.items():
+        said = log.read_text()
+        assert "serving" in said, name
+        assert not re.search("warn|error|corrupt|missing", said, re.IGNORECASE), (name, said)
 
 
 @pytest.mark.parametrize("name", [FULL, LINEAR])

@@ -186,14 +186,20 @@ def unplanned(watched: Watched) -> Iterator[None]:
 
 @contextmanager
 def held(watched: Watched) -> Iterator[None]:
-    """An engine keeps sequences, first long and then short ones, until there is room for no more."""
+    """An engine keeps sequences, first long and then short ones, and takes whatever the others give back."""
+    over = threading.Event()
     with Engine(watched.cell.address) as engine:
         names = itertools.count(1)
-        while engine.step({next(names): _LONG}):
-            pass
-        while engine.step({next(names): 1}):
-            pass
-        yield
+
+        def take() -> None:
+            while engine.step({next(names): _LONG}):
+                pass
+            while not over.is_set():
+                if not engine.step({next(names): 1}):
+                    over.wait(0.1)
+
+        with running(take, over):
+            yield
 
 
 @contextmanager

@@ -122,6 +122,10 @@ class Prometheus:
         found: list[Json] = self._get(f"query?{urllib.parse.urlencode({'query': expr})}")["result"]
         return found
 
+    def active(self) -> set[str]:
+        """Names of the alerts that fire now or soon will, if their condition lasts."""
+        return {one["labels"]["alertname"] for one in self._get("alerts")["alerts"]}
+
     def firing(self) -> set[str]:
         """Names of the alerts that fire now."""
         return {labels["alertname"] for labels in self.firing_labels()}

@@ -40,7 +40,8 @@ bench: $(INSTALLED)  ## Braid against its peers, each benchmark in one run; repo
 	$(BIN)/braid bench serve models/tiny --concurrency 256 --requests 256 --cancel-share 0.125 \
 		--input-tokens 1:256 --output-tokens 4:64 --prefix-share 0.33 --prefix-tokens 32 --speedup \
 		--max-context 512 --out $(RESULTS)/serve.json
-	$(BIN)/braid bench scale --out $(RESULTS)/scale.json
+	$(BIN)/braid bench scale --layers 8,32,96 --batch 1,16,256 --context 1024,8192,32768,131072 \
+		--steps 4 --repeats 2 --out $(RESULTS)/scale.json
 	$(BIN)/python benchmarks/prefix.py --out $(RESULTS)/prefix.json
 	$(BIN)/python benchmarks/speculative.py --out $(RESULTS)/speculative.json
 

@@ -36,15 +36,15 @@ class Killer(threading.Thread):
         self.done = 0
         self._cell, self._made, self._kills = cell, made, kills
         self._chance = random.Random(seed)
-        self._stop = threading.Event()
+        self._over = threading.Event()
 
     def run(self) -> None:
         while self.done < self._kills:
             enough = len(self._made) + APART
             while len(self._made) < enough:
-                if self._stop.wait(0.002):
+                if self._over.wait(0.002):
                     return
-            self._stop.wait(self._chance.uniform(0, 0.02))
+            self._over.wait(self._chance.uniform(0, 0.02))
             pid = self._cell.pid(self._chance.choice(("full", "linear")))
             if pid is not None:
                 os.kill(pid, signal.SIGKILL)
@@ -52,7 +52,7 @@ class Killer(threading.Thread):
 
     def end(self) -> None:
         """Stop, and wait for it."""
-        self._stop.set()
+        self._over.set()
         self.join()
 
 

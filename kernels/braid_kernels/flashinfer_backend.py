@@ -37,11 +37,11 @@ from braid_kernels.errors import BuildError, InputError, PlanError
 from braid_kernels.geometry import FullGeometry, Gqa, Mla, signature
 from braid_kernels.metadata import PagedMeta
 from braid_kernels.planning import (
+    DEFAULT_CHUNK_TOKENS,
     PREFIX_CHUNK_TOKENS,
     check_plan,
-    expanded_width,
+    expanded_bytes,
     extends,
-    longest_chunk,
     number_option,
     plan_chunks,
     summarise_plan,
@@ -51,7 +51,6 @@ from braid_kernels.reference.backend import check_pages
 
 Ints = NDArray[np.int32]
 
-DEFAULT_CHUNK_TOKENS = 8192
 WORKSPACE_BYTES = 256 << 20
 """Of split results; one for a device, because steps run one after the other on one stream."""
 
@@ -552,9 +551,7 @@ class FlashInferFullBackend(FullBackend):
                     planner.gqa(key, g)
                 case Mla() as g:
                     planner.mla(key, g, plan.prefix_chunks)
-        heads = max((g.num_heads for g in expanding), default=0)
-        itemsize = torch.bfloat16.itemsize
-        size = longest_chunk(plan.prefix_chunks) * heads * expanded_width(expanding) * itemsize
+        size = expanded_bytes(plan.prefix_chunks, expanding, torch.bfloat16.itemsize)
         return replace(plan, workspace_bytes=size, payload=payload)
 
     def _check(self, meta: PagedMeta, page_size: int, key: Key) -> None:

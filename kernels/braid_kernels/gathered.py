@@ -26,12 +26,12 @@ from braid_kernels.errors import PlanError
 from braid_kernels.geometry import FullGeometry, Gqa, Mla, signature
 from braid_kernels.metadata import PagedMeta
 from braid_kernels.planning import (
+    DEFAULT_CHUNK_TOKENS,
     PREFIX_CHUNK_TOKENS,
     check_plan,
-    expanded_width,
+    expanded_bytes,
     expands,
     extends,
-    longest_chunk,
     number_option,
     plan_chunks,
     summarise_plan,
@@ -40,7 +40,6 @@ from braid_kernels.reference.attention import expand_latent, first_key, merge_ls
 from braid_kernels.reference.backend import check_pages, check_spans
 
 BLOCK_ROWS = 128  # query rows whose scores are held at a time
-DEFAULT_CHUNK_TOKENS = 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,6 +269,5 @@ class GatherFullBackend(_GatheredBackend):
             parts = [(chunk.starts[b], chunk.lengths[b]) for chunk in plan.prefix_chunks]
             chunks = tuple((start, length) for start, length in parts if length)
             places.append(replace(place, expand=extend[b], chunks=chunks))
-        heads = max((g.num_heads for g in layers if isinstance(g, Mla)), default=0)
-        size = longest_chunk(plan.prefix_chunks) * heads * expanded_width(layers) * 4
+        size = expanded_bytes(plan.prefix_chunks, layers, 4)
         return replace(plan, workspace_bytes=size, payload=_Payload(meta, page_size, places))

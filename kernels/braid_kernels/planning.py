@@ -11,6 +11,8 @@ from braid_kernels.geometry import FullGeometry, Mla
 from braid_kernels.metadata import PagedMeta
 
 PREFIX_CHUNK_TOKENS = "prefix_chunk_tokens"
+DEFAULT_CHUNK_TOKENS = 8192
+"""Of backends that cut a long prefix even where nobody asks for it."""
 """Option: positions, over all sequences, whose keys and values may lie expanded at a time (the budget of
 the workspace). A chunk is budget // sequences long, in whole pages, one page at least."""
 
@@ -109,6 +111,12 @@ def expanded_width(layers: Collection[FullGeometry]) -> int:
         (g.qk_nope_head_dim + g.qk_rope_head_dim + g.v_head_dim for g in layers if isinstance(g, Mla)),
         default=0,
     )
+
+
+def expanded_bytes(chunks: Iterable[PrefixChunk], layers: Collection[FullGeometry], itemsize: int) -> int:
+    """What the keys and values of all heads take while one chunk of one sequence is expanded."""
+    heads = max((g.num_heads for g in layers if isinstance(g, Mla)), default=0)
+    return longest_chunk(chunks) * heads * expanded_width(layers) * itemsize
 
 
 def extends(meta: PagedMeta) -> list[bool]:

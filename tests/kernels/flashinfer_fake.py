@@ -11,6 +11,7 @@ import inspect
 import itertools
 import json
 import math
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: 
     return torch.einsum("hln,nhd->lhd", weights, v.double()), (lse / math.log(2)).T
 
 
-class Wrapper:
+class Wrapper(ABC):
     """What all wrappers share: arguments bound by the released names, calls noted."""
 
     name = ""
@@ -92,8 +93,9 @@ class Wrapper:
             out = given["out"].copy_(out)
         return (out, lse.float()) if given.get("return_lse") else out
 
+    @abstractmethod
     def _run(self, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        """Output and lse to base 2, from the planned arguments and those given."""
 
     def _types(self, q: Tensor, kv: Tensor) -> None:
         if (q.dtype, kv.dtype) != (self.planned["q_data_type"], self.planned["kv_data_type"]):

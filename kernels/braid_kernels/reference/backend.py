@@ -43,9 +43,8 @@ from braid_kernels.planning import (
     PREFIX_CHUNK_TOKENS,
     check_chunks,
     check_plan,
-    expanded_width,
+    expanded_bytes,
     extends,
-    longest_chunk,
     number_option,
     plan_chunks,
     summarise_plan,
@@ -345,6 +344,4 @@ class ReferenceFullBackend(FullBackend):
     ) -> FullPlan:
         checked = summarise_plan(meta, page_size, options, {PREFIX_CHUNK_TOKENS})
         plan = plan_chunks(checked, meta, page_size, number_option(options, PREFIX_CHUNK_TOKENS), layers)
-        heads = max((g.num_heads for g in layers if isinstance(g, Mla)), default=0)
-        size = longest_chunk(plan.prefix_chunks) * heads * expanded_width(layers) * 8
-        return replace(plan, workspace_bytes=size)
+        return replace(plan, workspace_bytes=expanded_bytes(plan.prefix_chunks, layers, 8))

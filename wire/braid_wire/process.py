@@ -9,7 +9,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
@@ -195,6 +196,16 @@ def end_loading() -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """`end_loading` for as long as a block lasts, in a process whose interpreter ends in its usual way."""
+    end_loading()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def leave(code: int) -> NoReturn:

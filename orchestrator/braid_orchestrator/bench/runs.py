@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from braid_wire.batch import IntArray
-from braid_wire.process import end_loading
+from braid_wire.process import settled
 
 from braid_orchestrator.bench import stats
 from braid_orchestrator.bench.cells import Services
@@ -166,8 +165,7 @@ def _measure(options: BenchOptions, bench: str, measure: Measure) -> list[Row]:
         options.progress("starting")
         directory = stack.enter_context(checkpoint(options.model))
         peers, vocab_size = _peers(stack, directory, options)
-        end_loading()  # as the orchestrator's own process does; the peers in this one profit alike
-        stack.callback(gc.unfreeze)
+        stack.enter_context(settled())  # as in the orchestrator; peers in here profit alike
         for context in options.contexts:
             for batch in options.batches:
                 options.progress(f"{bench}, batch {batch}, context {context}")

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 import click
 from braid_wire.metrics import PORTS
-from braid_wire.process import EXIT_OK, log_level_option, setup_logging, wait_for_stop
+from braid_wire.process import EXIT_OK, log_level_option, settled, setup_logging, wait_for_stop
 from braid_wire.rpc import Tls
 
 from braid_orchestrator import console as consoles
@@ -224,8 +224,9 @@ def _run(
         with front.before(cell, log_level, until.ask) if front is not None else nullcontext() as gateway:
             until.listen()
             watch.done()
-            _announce(cell, gateway, settings, endpoints.metrics_host, json_out)
-            until.wait(drain_seconds)
+            with settled():
+                _announce(cell, gateway, settings, endpoints.metrics_host, json_out)
+                until.wait(drain_seconds)
     return EXIT_OK
 
 

@@ -7,9 +7,11 @@ import threading
 from itertools import pairwise
 
 import pytest
+from braid_orchestrator.page.snapshots import Snapshots
 from braid_orchestrator.page.windows import Buckets
 from braid_orchestrator.recent import LONGEST_MESSAGE, MOST_ERRORS, RecentErrors
 from braid_wire.errors import BraidError, QueueFull, RequestCancelled, RequestInvalid
+from braid_wire.layers import Kind
 from page_harness import LIMITS, TINY, Json, Watched, eventually
 
 
@@ -149,6 +151,28 @@ def test_a_frame_that_fails_ends_neither_page_nor_cell(
     monkeypatch.setattr(watched.cell.engine, "in_hand", fails_once)
     assert watched.frame()["state"] == "serving"
     assert "a frame of the page failed" in caplog.text
+
+
+def test_a_recovery_is_told_with_the_process_after_it(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshots, link = Snapshots(watched.cell), watched.cell.dispatcher.links[Kind.FULL]
+    answers = [link.describe()]
+    monkeypatch.setattr(link, "describe", lambda timeout_s=None: answers[-1])
+
+    def told() -> tuple[int, str]:
+        service = next(each for each in snapshots.frame()["services"] if each["name"] == link.name)
+        return service["pid"], service["state"]
+
+    for pid, epoch, state in [(11, 1, "ready"), (12, 1, "ready"), (13, 0, "unconfigured")]:
+        answers.append(type(answers[0])(pid=pid, epoch=epoch))
+        monkeypatch.setattr(watched.cell.walker, "replays", pid)
+        assert told() == (pid, state)
+    answers.append(type(answers[0])(pid=13, epoch=1))
+    assert told() == (13, "ready")  # one that was not ready is asked again
+    answers.append(type(answers[0])(pid=14, epoch=1))
+    monkeypatch.setattr(watched.cell.walker, "recovering", True)
+    assert told() == (14, "ready")
 
 
 def test_percentiles_are_those_of_prometheus() -> None:

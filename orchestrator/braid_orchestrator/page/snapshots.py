@@ -67,6 +67,7 @@ class Snapshots:
         self._layers: dict[Point, _Reading] = {}
         self._counters: tuple[float, dict[str, float]] | None = None
         self._services: list[Json] = []
+        self._probed: tuple[int, int] | None = None
         self._frames = 0
         metrics = cell.metrics
         self._percentiles = {
@@ -106,17 +107,18 @@ class Snapshots:
     def frame(self) -> Json:
         """What is now, and what happened since the frame before."""
         cell = self._cell
-        walker, load = cell.walker, cell.engine.load
-        if self._frames % _PROBE_EVERY == 0:
+        load = cell.engine.load
+        state, epoch, replays = self._state(), cell.dispatcher.epoch, cell.walker.replays
+        if self._services_may_have_changed(state, (epoch, replays)):
             self._services = [self._service(kind) for kind in cell.dispatcher.links]
         self._frames += 1
         return {
             "time": time.time(),
             "uptime": time.monotonic() - self._began,
-            "state": self._state(),
-            "epoch": cell.dispatcher.epoch,
-            "replays": walker.replays,
-            "steps": walker.steps,
+            "state": state,
+            "epoch": epoch,
+            "replays": replays,
+            "steps": cell.walker.steps,
             "preemptions": cell.engine.preemptions,
             **self._rates(),
             "latency": {name: found.read((0.5, 0.95)) for name, found in self._percentiles.items()},
@@ -130,6 +132,16 @@ class Snapshots:
             "errors": [asdict(error) for error in cell.metrics.errors.newest_first()],
             "services": self._services,
         }
+
+    def _services_may_have_changed(self, state: str, recoveries: tuple[int, int]) -> bool:
+        """Whether services are asked anew: now and then, and around a recovery with every frame.
+
+        The cell's own state is read before they are asked. So a frame never tells of a recovery that is
+        done and, next to it, of the process from before it.
+        """
+        before, self._probed = self._probed, recoveries
+        unsure = state == "recovering" or any(service["state"] != "ready" for service in self._services)
+        return unsure or recoveries != before or self._frames % _PROBE_EVERY == 0
 
     def _state(self) -> str:
         if self._cell.engine.draining:

@@ -14,6 +14,7 @@ from braid.v1 import attention_pb2 as pb
 from braid.v1 import attention_pb2_grpc
 from braid_wire import rpc
 from braid_wire.attention_host import AttentionHost
+from braid_wire.attention_walk import Walk as ServedWalk
 from braid_wire.errors import BraidError, ServiceLost, StepOrder, StepTimeout, from_rpc_error, from_status
 from braid_wire.layers import Kind
 
@@ -238,7 +239,7 @@ class EmbeddedLink(Link):
 
 class _EmbeddedWalk(Walk):
     def __init__(self, host: AttentionHost) -> None:
-        self._walk = host.open_walk()
+        self._walk = ServedWalk(host)
         self._answers: deque[pb.WalkResponse] = deque()
 
     def send(self, request: pb.WalkRequest) -> None:

@@ -185,7 +185,7 @@ def test_layers_are_timed_on_the_device(device: Device, make_cell: CellMaker) ->
 
 def break_layer(host: AttentionHost, error: Exception) -> Callable[[], None]:
     """Have the host's next layer raise, in the middle of a step; gives what undoes it."""
-    launch = host._launch
+    launch = host.launch
     count = 0
 
     def broken(step: object, ticket: object) -> None:
@@ -195,10 +195,10 @@ def break_layer(host: AttentionHost, error: Exception) -> Callable[[], None]:
             raise error
         launch(step, ticket)  # type: ignore[arg-type]
 
-    host._launch = broken  # type: ignore[method-assign]
+    host.launch = broken  # type: ignore[method-assign]
 
     def mend() -> None:
-        host._launch = launch  # type: ignore[method-assign]
+        host.launch = launch  # type: ignore[method-assign]
 
     return mend
 

@@ -15,6 +15,7 @@ from braid_full_attn.core import load as load_full
 from braid_linear_attn.core import load as load_linear
 from braid_wire import convert
 from braid_wire.attention_host import AttentionHost
+from braid_wire.attention_walk import Walk
 from braid_wire.layers import Kind, LayerPlan, Mode, Role
 from braid_wire.metrics import ProcessMetrics
 from braid_wire.views import ArenaMap
@@ -250,7 +251,7 @@ def test_embedded_is_bitwise_equal(cell: Cell, kind: Kind) -> None:
             work.output.fill_(math.nan)
         host.configure(cell.configure_request(kind))
         sent.message.epoch = host.describe().epoch
-        with contextlib.closing(host.open_walk()) as embedded:
+        with contextlib.closing(Walk(host)) as embedded:
             (opened,) = embedded.handle(cell.open_request(sent, works))
             assert opened.HasField("opened")
             for index, output in enumerate(by_service):

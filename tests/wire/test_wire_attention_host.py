@@ -13,7 +13,9 @@ from braid.v1 import attention_pb2 as pb
 from braid.v1 import common_pb2
 from braid_wire import convert, errors
 from braid_wire.arena import Allocator, ArenaOwner
-from braid_wire.attention_host import AttentionCore, AttentionHost, CheckedBatch, LayerRunner, PlannedBatch
+from braid_wire.attention_core import AttentionCore, CheckedBatch, LayerRunner, PlannedBatch
+from braid_wire.attention_host import AttentionHost
+from braid_wire.attention_walk import Walk
 from braid_wire.layers import Geometry, Kind, LayerPlan, LayerSpec, Lightning, Role
 from braid_wire.metrics import ProcessMetrics
 from braid_wire.views import ArenaMap, view_of
@@ -185,7 +187,7 @@ def test_a_failing_layer_closes_its_walked_step(bench: Bench) -> None:
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 
-    walk = bench.host.open_walk()
+    walk = Walk(bench.host)
 
     def open_step(step: int) -> pb.WalkResponse:
         request, _ = bench.batch(step=step)
@@ -207,7 +209,7 @@ def test_a_failing_layer_closes_its_walked_step(bench: Bench) -> None:
 
 
 def test_a_walk_that_closes_forgets_its_plans(bench: Bench) -> None:
-    walk = bench.host.open_walk()
+    walk = Walk(bench.host)
     request, _ = bench.batch()
     walk.handle(pb.WalkRequest(open=pb.OpenStep(plan=request, tickets=[bench.ticket()])))
     bench.attend()

@@ -15,7 +15,8 @@ import grpc
 from braid.v1 import attention_pb2, attention_pb2_grpc
 
 from braid_wire.attention_core import AttentionCore
-from braid_wire.attention_host import AttentionHost, Walk
+from braid_wire.attention_host import AttentionHost
+from braid_wire.attention_walk import Walk
 from braid_wire.audit import Auditor
 from braid_wire.cuda_doorbell import streams_for
 from braid_wire.errors import BraidError, Draining, ServiceFault, ServiceLost
@@ -71,7 +72,7 @@ class AttentionServicer(attention_pb2_grpc.AttentionServiceServicer):
     def Walk(
         self, request_iterator: Iterator[attention_pb2.WalkRequest], context: grpc.ServicerContext
     ) -> Iterator[attention_pb2.WalkResponse]:
-        walk = self._host.open_walk()
+        walk = Walk(self._host)
         with self._lock:
             self._walks[context] = walk
 

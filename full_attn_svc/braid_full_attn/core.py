@@ -13,7 +13,7 @@ from braid_kernels.backend import FullBackend, FullKernel, FullLayer, FullPlan
 from braid_kernels.geometry import FullGeometry, Gqa, Mla
 from braid_kernels.metadata import PagedMeta
 from braid_kernels.registry import default_full_backend, full_backend
-from braid_wire import dtypes
+from braid_wire import backends, dtypes
 from braid_wire.attention_core import AttentionCore, CheckedBatch, LayerRunner, PlannedBatch
 from braid_wire.audit import Sample
 from braid_wire.batch import MODE_CODES
@@ -210,21 +210,5 @@ def load(backend: str, threads: int, max_tokens: int = 0, device: str = "cpu") -
         ServiceFault: the kernels cannot be built.
     """
     where = device_of(device)
-    try:
-        found = default_full_backend(where.type) if backend == "auto" else full_backend(backend)
-    except kernel_errors.UnknownBackendError as error:
-        raise RequestInvalid(str(error), field="backend", value=backend) from error
-    except kernel_errors.BuildError as error:
-        raise ServiceFault(str(error), backend=backend) from error
-    if where.type not in found.capabilities.devices:
-        raise RequestInvalid(
-            f"backend {found.name} runs on {', '.join(sorted(found.capabilities.devices))}, not on {where}",
-            field="backend",
-            value=backend,
-        )
-    torch.set_num_threads(threads)
-    if found.name == "cpp":
-        from braid_kernels.native import set_num_threads
-
-        set_num_threads(threads)
+    found = backends.choose(backend, where, default_full_backend, full_backend, threads)
     return FullAttention(found, max_tokens, where)

@@ -21,7 +21,7 @@ from braid_kernels.geometry import (
 )
 from braid_kernels.metadata import LinearMeta
 from braid_kernels.registry import default_linear_backend, linear_backend
-from braid_wire import dtypes
+from braid_wire import backends, dtypes
 from braid_wire.attention_core import AttentionCore, CheckedBatch, LayerRunner, PlannedBatch
 from braid_wire.audit import Sample
 from braid_wire.devices import CPU, device_of
@@ -31,7 +31,6 @@ from braid_wire.errors import (
     ConfigInvalid,
     LayerPlanDisputed,
     MechanismUnsupported,
-    RequestInvalid,
     ServiceFault,
     ViewInvalid,
 )
@@ -194,21 +193,5 @@ def load(backend: str, threads: int, max_tokens: int = 0, device: str = "cpu") -
         ServiceFault: the kernels cannot be built.
     """
     where = device_of(device)
-    try:
-        found = default_linear_backend(where.type) if backend == "auto" else linear_backend(backend)
-    except kernel_errors.UnknownBackendError as error:
-        raise RequestInvalid(str(error), field="backend", value=backend) from error
-    except kernel_errors.BuildError as error:
-        raise ServiceFault(str(error), backend=backend) from error
-    if where.type not in found.capabilities.devices:
-        raise RequestInvalid(
-            f"backend {found.name} runs on {', '.join(sorted(found.capabilities.devices))}, not on {where}",
-            field="backend",
-            value=backend,
-        )
-    torch.set_num_threads(threads)
-    if found.name == "cpp":
-        from braid_kernels.native import set_num_threads
-
-        set_num_threads(threads)
+    found = backends.choose(backend, where, default_linear_backend, linear_backend, threads)
     return LinearAttention(found, max_tokens, where)

@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 from braid_orchestrator.bench.cells import Services
 from braid_orchestrator.cell import Cell, CellOptions
-from braid_orchestrator.dispatcher import Step
 from braid_orchestrator.page import Page, Place
 from braid_orchestrator.request import Finish, Finished, Request
+from braid_orchestrator.step import Step
 from braid_orchestrator.store import Limits
 from braid_orchestrator.threads import use_threads
 

@@ -18,7 +18,8 @@ from braid_wire.errors import ConfigInvalid
 from braid_wire.layers import Gqa, Kind, Role
 
 from braid_orchestrator.body import Body, LoadRequest, load_body
-from braid_orchestrator.dispatcher import Dispatch, Dispatcher
+from braid_orchestrator.dispatch import Dispatch
+from braid_orchestrator.dispatcher import Dispatcher
 from braid_orchestrator.engine import Engine
 from braid_orchestrator.layer_plan import ModelPlans, build_plans, load_config
 from braid_orchestrator.link import Link

@@ -16,8 +16,8 @@ from braid_wire.errors import BraidError, RequestInvalid, StepAborted, StepOrder
 from braid_wire.layers import Kind, Mode, Role
 
 from braid_orchestrator.cell import Cell
-from braid_orchestrator.dispatcher import Step
 from braid_orchestrator.memory import SequenceMemory, Span
+from braid_orchestrator.step import Step
 from braid_orchestrator.walker import RECOVERABLE
 
 IDLE_S = 30.0

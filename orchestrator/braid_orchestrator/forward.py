@@ -11,8 +11,8 @@ from braid_wire.batch import Batch, IntArray
 from braid_wire.devices import upload
 
 from braid_orchestrator.body.base import Output
-from braid_orchestrator.dispatcher import Step
 from braid_orchestrator.segments.base import SegmentedRole
+from braid_orchestrator.step import Step
 
 
 @dataclass(frozen=True)

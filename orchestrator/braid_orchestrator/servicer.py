@@ -21,7 +21,8 @@ from braid_wire.rpc import Server
 from braid_wire.views import view_of
 
 from braid_orchestrator.cell import Cell
-from braid_orchestrator.dispatcher import LayerTotals, Point
+from braid_orchestrator.dispatch import Point
+from braid_orchestrator.dispatcher import LayerTotals
 from braid_orchestrator.engine_stream import EngineStream
 from braid_orchestrator.newer import refuse_newer
 from braid_orchestrator.request import (

@@ -116,7 +116,7 @@ class Settings:
         from braid_wire.devices import device_of
 
         from braid_orchestrator.cell import CellOptions
-        from braid_orchestrator.dispatcher import Dispatch
+        from braid_orchestrator.dispatch import Dispatch
         from braid_orchestrator.overlap import OverlapMode
         from braid_orchestrator.store import Limits
 

@@ -16,12 +16,13 @@ from braid_wire.errors import BraidError, EpochStale, NotConfigured, ServiceLost
 from braid_wire.layers import Role
 
 from braid_orchestrator.body.base import Body, Output
-from braid_orchestrator.dispatcher import Dispatcher, Step
+from braid_orchestrator.dispatcher import Dispatcher
 from braid_orchestrator.forward import Lane, forward
 from braid_orchestrator.memory import RoleMemory, Span, Staged
 from braid_orchestrator.metrics import CellMetrics
 from braid_orchestrator.overlap import Overlap
 from braid_orchestrator.segments.base import SegmentedRole
+from braid_orchestrator.step import Step
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ import torch
 from braid_full_attn.core import load as load_full
 from braid_linear_attn.core import load as load_linear
 from braid_orchestrator.cell import Cell, CellOptions
-from braid_orchestrator.dispatcher import Dispatch
+from braid_orchestrator.dispatch import Dispatch
 from braid_orchestrator.link import EmbeddedLink
 from braid_orchestrator.request import Failed, Request, Scored
 from braid_orchestrator.store import Limits

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from braid_orchestrator.dispatcher import Dispatch
+from braid_orchestrator.dispatch import Dispatch
 from checkpoints import DENSE, HYBRID, LATENT, QWEN, Case
 from harness import FLOAT32_ABSOLUTE, SCHEDULES, cell, check, score, sequences
 

@@ -14,7 +14,7 @@ from braid_orchestrator.body import Body, LoadRequest, load_body
 from braid_orchestrator.body.base import DispatchPoint
 from braid_orchestrator.body.checkpoint import load_pretrained
 from braid_orchestrator.body.families.zamba import ZAMBA2, SharedBlock
-from braid_orchestrator.dispatcher import Dispatch
+from braid_orchestrator.dispatch import Dispatch
 from braid_orchestrator.layer_plan import build_plans, load_config
 from braid_wire.errors import ConfigInvalid
 from braid_wire.layers import Kind, LayerPlan

@@ -22,7 +22,7 @@ import braid_linear_attn.core
 from braid.v1 import attention_pb2 as pb
 from braid_orchestrator import dispatcher as dispatchers
 from braid_orchestrator.cell import Cell
-from braid_orchestrator.dispatcher import Dispatch
+from braid_orchestrator.dispatch import Dispatch
 from braid_orchestrator.link import RemoteLink
 from braid_orchestrator.memory import SequenceMemory, Span
 from braid_orchestrator.overlap import OverlapMode

@@ -11,10 +11,12 @@ import torch
 from braid.v1 import attention_pb2 as pb
 from braid_orchestrator.body.base import DispatchPoint
 from braid_orchestrator.cell import Cell
-from braid_orchestrator.dispatcher import Dispatch, Step, check_coverage
+from braid_orchestrator.dispatch import Dispatch
+from braid_orchestrator.dispatcher import check_coverage
 from braid_orchestrator.link import EmbeddedLink, Link
 from braid_orchestrator.memory import SequenceMemory, Span
 from braid_orchestrator.request import Failed, Finished, Request, Scored
+from braid_orchestrator.step import Step
 from braid_orchestrator.timings import StepTimes
 from braid_wire.attention_host import AttentionHost
 from braid_wire.errors import (

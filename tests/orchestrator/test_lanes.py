@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from braid_orchestrator.cell import Cell
-from braid_orchestrator.dispatcher import Dispatch
+from braid_orchestrator.dispatch import Dispatch
 from braid_orchestrator.memory import SequenceMemory, Span
 from braid_orchestrator.overlap import OverlapMode
 from braid_orchestrator.store import Limits

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from braid.v1 import attention_pb2 as pb
-from braid_orchestrator.dispatcher import Dispatch, Dispatcher
+from braid_orchestrator.dispatch import Dispatch
+from braid_orchestrator.dispatcher import Dispatcher
 from braid_orchestrator.layer_plan.sizes import kv_bytes_per_token
 from braid_orchestrator.link import EmbeddedLink, Link
 from braid_orchestrator.memory import SequenceMemory, Span

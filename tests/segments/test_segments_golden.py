@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 import torch
 from braid_orchestrator.body import Body
-from braid_orchestrator.dispatcher import Dispatch, Dispatcher, Step
+from braid_orchestrator.dispatch import Dispatch
+from braid_orchestrator.dispatcher import Dispatcher
 from braid_orchestrator.link import EmbeddedLink
 from braid_orchestrator.memory import SequenceMemory, Span
 from braid_orchestrator.segments.base import SegmentCompiler, SegmentedRole, SegmentsUnavailable
 from braid_orchestrator.segments.eager import EagerCompiler
 from braid_orchestrator.segments.inductor import InductorCompiler
 from braid_orchestrator.segments.native import NativeCompiler
+from braid_orchestrator.step import Step
 from braid_orchestrator.store import Dtypes, Limits, Store
 from braid_wire.arena import ArenaOwner
 from braid_wire.attention_host import AttentionHost

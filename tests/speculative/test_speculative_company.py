@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from braid_orchestrator.bench.cells import Services
 from braid_orchestrator.cell import Cell, CellOptions
-from braid_orchestrator.dispatcher import Dispatcher, Step
+from braid_orchestrator.dispatcher import Dispatcher
 from braid_orchestrator.launcher import MODULES
 from braid_orchestrator.overlap import OverlapMode
 from braid_orchestrator.request import Finish, Finished, Request, Token, fan_out, merged
 from braid_orchestrator.sampling import Sampling
 from braid_orchestrator.speculative import Speculator
+from braid_orchestrator.step import Step
 from braid_orchestrator.store import Limits
 from braid_orchestrator.walker import Walker
 from braid_wire.batch import MODE_CODES, Batch

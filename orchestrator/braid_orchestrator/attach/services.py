@@ -14,7 +14,8 @@ from braid_wire.process import thread_count
 from braid_wire.runtime_dir import RuntimeDirectory
 
 from braid_orchestrator.body.base import Body, Target
-from braid_orchestrator.dispatcher import Dispatch, Dispatcher
+from braid_orchestrator.dispatch import Dispatch
+from braid_orchestrator.dispatcher import Dispatcher
 from braid_orchestrator.launcher import START_TIMEOUT_S, Endpoints, service_address, service_programs
 from braid_orchestrator.link import RemoteLink
 from braid_orchestrator.metrics import CellMetrics

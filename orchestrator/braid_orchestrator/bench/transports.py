@@ -15,7 +15,7 @@ from braid_wire.layers import Kind
 from braid_wire.views import ArenaMap
 
 from braid_orchestrator.bench import tensor_bytes
-from braid_orchestrator.dispatcher import Dispatch
+from braid_orchestrator.dispatch import Dispatch
 from braid_orchestrator.link import Link, RemoteLink
 
 

@@ -13,7 +13,8 @@ from braid_wire.errors import BraidError
 from braid_wire.layers import Kind, LayerSpec
 
 from braid_orchestrator.cell import Cell
-from braid_orchestrator.dispatcher import SIDES, LayerTotals, Point
+from braid_orchestrator.dispatch import SIDES, Point
+from braid_orchestrator.dispatcher import LayerTotals
 from braid_orchestrator.page.windows import Percentiles, count_of
 from braid_orchestrator.plan_view import short_geometry
 

@@ -101,7 +101,9 @@ class Served:
         found = {}
         for pid in children(self.process.pid):
             command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            found[_NAMES[command[command.index(b"-m") + 1]]] = pid
+            # One that has ended has no command line, and one that begins still has its parent's.
+            if b"-m" in command:
+                found[_NAMES[command[command.index(b"-m") + 1]]] = pid
         return found
 
     def page_frame(self) -> dict[str, Any]:
@@ -129,8 +131,13 @@ class Served:
 
 def children(pid: int) -> list[int]:
     """Process ids of a process's children, whichever thread made them."""
-    lists = [task / "children" for task in Path(f"/proc/{pid}/task").iterdir()]
-    return [int(word) for file in lists for word in file.read_text().split()]
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        try:
+            found += [int(word) for word in (task / "children").read_text().split()]
+        except OSError:
+            continue  # a thread that has ended meanwhile; its children are another one's now
+    return found
 
 
 def signal_another_thread(pid: int, number: int) -> None:

@@ -122,7 +122,7 @@ def test_one_that_ignores_the_request_is_killed(make: Make, monkeypatch: pytest.
     supervisor = make(program("one", SLOW_TO_STOP, stop_seconds=0.2))
     ready = supervisor.wait_ready(10)
     supervisor.stop()
-    assert supervisor.join(5)
+    assert supervisor.join(20)
     assert not alive(ready["one"].pid)
 
 
@@ -133,5 +133,5 @@ def test_kill_does_not_wait(make: Make) -> None:
     supervisor.stop()
     assert not supervisor.join(0.3)
     supervisor.kill()
-    assert supervisor.join(5)
-    assert time.monotonic() - began < 5
+    assert supervisor.join(20)
+    assert time.monotonic() - began < 20

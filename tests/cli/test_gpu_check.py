@@ -28,7 +28,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
         names = ("holds", "falls_short", "raises", "dies", "skips")
-        checks = [check(name) for name in names] + [check("hangs", 2.0)]
+        # It must come as far as its last words, on a machine with other work too.
+        checks = [check(name) for name in names] + [check("hangs", 6.0)]
         outcomes = runner.run_all(checks, tmp_path_factory.mktemp("work"), 120)
     return {one.check: one for one in outcomes}
 
@@ -50,8 +51,8 @@ def test_each_cause_is_told(finished: dict[str, Outcome]) -> None:
     assert finished["raises"].cause == "ValueError: a kernel gave NaN"
     assert [m.name for m in finished["raises"].measures] == ["before"]  # figures before the failure stay
     assert "SIGKILL" in finished["dies"].cause and "illegal memory access" in finished["dies"].cause
-    assert "longer than 2 s" in finished["hangs"].cause and "doorbell" in finished["hangs"].cause
-    assert finished["hangs"].seconds < 20
+    assert "longer than 6 s" in finished["hangs"].cause and "doorbell" in finished["hangs"].cause
+    assert finished["hangs"].seconds < 40
     assert "stream values" in finished["skips"].cause
     assert "hop is 12.5, not <= 10" in finished["falls_short"].cause
     assert len(finished["falls_short"].measures) == 3 and "after" not in finished["falls_short"].cause
@@ -69,7 +70,7 @@ def test_bounds() -> None:
 def test_checks_beyond_the_time_are_skipped_and_say_so(tmp_path: Path) -> None:
     began = time.monotonic()
     (outcome,) = runner.run_all([check("hangs")], tmp_path, 1.0)
-    assert (outcome.status, time.monotonic() - began < 5) == ("skipped", True)
+    assert (outcome.status, time.monotonic() - began < 20) == ("skipped", True)  # and not its limit, 30 s
     assert "no time was left" in outcome.cause
 
 

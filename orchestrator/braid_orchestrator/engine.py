@@ -121,12 +121,12 @@ class Engine:
         with self._change:
             return Load(len(self._scheduler.running), len(self._scheduler.waiting))
 
-    def in_hand(self, most: int) -> list[Progressing]:
-        """The oldest requests that are not over, `most` of them at most."""
-        now = time.monotonic()
+    def in_hand(self, most: int) -> tuple[Load, list[Progressing]]:
+        """How many requests are not over, and the oldest of them, `most` at most: both of one moment."""
         with self._change:
+            now, load = time.monotonic(), self.load
             oldest = list(islice(self._live.values(), most))
-        return [_progress(request, now) for request in oldest]
+        return load, [_progress(request, now) for request in oldest]
 
     @property
     def preemptions(self) -> int:
@@ -338,7 +338,7 @@ class Engine:
                 self._end(request, Failed(late))
 
     def _end(self, request: Request, event: Finished | Failed) -> None:
-        """Free what a request holds, then tell its caller; the caller may count on both."""
+        """Free what a request holds and count it, then tell its caller, who may count on both."""
         faulty = isinstance(event, Failed) and isinstance(event.error, ServiceFault)
         self._scheduler.remove(request, faulty)
         if self._speculator is not None:
@@ -353,8 +353,8 @@ class Engine:
             self._metrics.slowdown.observe(slowdown)
         if self._ended is not None:
             self._ended(request, event)
-        request.tell(event)
         self._note_load()
+        request.tell(event)
         self._change.notify_all()
 
     def _note_token(self, request: Request) -> None:

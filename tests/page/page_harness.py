@@ -23,7 +23,7 @@ from braid_orchestrator.watching import Watching
 
 TINY = Path(__file__).resolve().parents[2] / "models" / "tiny"
 CHROMIUM = Path("/usr/bin/chromium")
-LIMITS = Limits(max_tokens=128, max_sequences=4, max_context=512, page_size=16, pool_bytes=1 << 26)
+LIMITS = Limits(max_tokens=128, max_sequences=4, max_context=4096, page_size=16, pool_bytes=1 << 26)
 PERIOD_S = 0.1
 
 Json = dict[str, Any]
@@ -77,10 +77,12 @@ class Watched:
     def frame(self, right: Callable[[Json], bool] = lambda frame: True) -> Json:
         """The first frame of a new stream, which nobody else follows, that is right."""
         assert self.unwatched()
+        end = time.monotonic() + 60
         with self.events() as events:
             for name, data in events:
                 if name == "frame" and right(data):
                     return data
+                assert time.monotonic() < end, data
         raise AssertionError("the stream ended")
 
 

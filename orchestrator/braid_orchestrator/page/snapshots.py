@@ -108,7 +108,7 @@ class Snapshots:
     def frame(self) -> Json:
         """What is now, and what happened since the frame before."""
         cell = self._cell
-        load = cell.engine.load
+        load, requests = cell.engine.in_hand(MOST_REQUESTS)
         state, epoch, replays = self._state(), cell.dispatcher.epoch, cell.walker.replays
         if self._services_may_have_changed(state, (epoch, replays)):
             self._services = [self._service(kind) for kind in cell.dispatcher.links]
@@ -129,7 +129,7 @@ class Snapshots:
             "drafts": self._drafts(),
             "running": load.running,
             "waiting": load.waiting,
-            "requests": [asdict(request) for request in cell.engine.in_hand(MOST_REQUESTS)],
+            "requests": [asdict(request) for request in requests],
             "errors": [asdict(error) for error in cell.metrics.errors.newest_first()],
             "services": self._services,
         }

@@ -28,10 +28,13 @@ from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 
 TINY = Path(__file__).resolve().parents[2] / "models" / "tiny"
 BRAID = str(Path(sys.executable).with_name("braid"))
-LIMITS = Limits(max_tokens=256, max_sequences=4, max_context=1024, page_size=16, pool_bytes=1 << 26)
+LIMITS = Limits(max_tokens=256, max_sequences=4, max_context=4096, page_size=16, pool_bytes=1 << 26)
 MAX_WAITING = 8
 ENDLESS = LIMITS.max_context - 64
-"""Tokens of a request that a test wants to end before it is done."""
+"""Tokens of a request that a test wants to end before it is done: it takes several seconds alone."""
+FREED_STEPS = 800
+"""Steps within which a request that is given up must be gone. Alone on a machine they take less than a
+second; in steps, other work on it does not count, and an endless request takes five times as many."""
 
 
 class Front:
@@ -81,6 +84,14 @@ class Front:
         memory, load = self.cell.store.memory[Role.TARGET], self.cell.engine.load
         pools = [pool for pool in (memory.pages, memory.slots) if pool is not None]
         return not (load.running or load.waiting or any(pool.used for pool in pools))
+
+    @contextmanager
+    def freeing(self) -> Iterator[None]:
+        """A request is given up in the block: soon nothing runs or is held."""
+        before = self.cell.walker.steps
+        yield
+        assert eventually(lambda: self.idle)
+        assert self.cell.walker.steps - before < FREED_STEPS
 
     @contextmanager
     def full(self, room: int = 0) -> Iterator[None]:
@@ -147,6 +158,12 @@ def eventually(holds: Callable[[], bool], seconds: float = 20.0) -> bool:
 
 def children(parent: int, word: str) -> set[int]:
     """Process ids of a process's children that have a word in their command lines."""
-    tasks = Path(f"/proc/{parent}/task").iterdir()
-    pids = [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
-    return {pid for pid in pids if word in Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")}
+    found = set()
+    for task in Path(f"/proc/{parent}/task").iterdir():
+        # Threads and processes may end while they are looked at.
+        with suppress(OSError):
+            for pid in map(int, (task / "children").read_text().split()):
+                with suppress(OSError):
+                    if word in Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "):
+                        found.add(pid)
+    return found

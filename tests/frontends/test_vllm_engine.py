@@ -40,7 +40,6 @@ from transformers import AutoTokenizer
 
 PROMPT = [318, 817, 11]
 HOT = {"temperature": 1.2, "max_tokens": 12}
-FREED_S = 1.0
 
 
 def error_of(call: Callable[[], object]) -> BraidError:
@@ -83,7 +82,7 @@ def test_what_is_unset_is_the_checkpoints_own(front: Front, native: list[int]) -
 
 
 def test_without_max_tokens_it_goes_to_the_end_of_the_context(front: Front) -> None:
-    prompt = [*range(100, 100 + LIMITS.max_context - 20)]
+    prompt = [100 + place % 1000 for place in range(LIMITS.max_context - 20)]
     done = front.complete(prompt, ignore_eos=True)
     assert (done.finish_reason, done.completion_tokens) == ("length", 20)
 
@@ -238,8 +237,8 @@ def test_abort_ends_a_request_within_a_second(front: Front, stream: bool, comple
     endless = {"max_tokens": ENDLESS, "ignore_eos": True, "n": completions}
     call = front.generate(PROMPT, stream=stream, request_id="long", **endless)
     assert eventually(lambda: front.cell.engine.load.running == completions)
-    front.stub.Abort(pb.AbortRequest(request_ids=["of another", "long"]))
-    assert eventually(lambda: front.idle, FREED_S)
+    with front.freeing():
+        front.stub.Abort(pb.AbortRequest(request_ids=["of another", "long"]))
     assert isinstance(error_of(lambda: list(call)), RequestCancelled)
     front.stub.Abort(pb.AbortRequest(request_ids=["long"]))  # once more is nothing
 
@@ -248,8 +247,8 @@ def test_abort_ends_a_request_within_a_second(front: Front, stream: bool, comple
 def test_a_caller_that_leaves_frees_within_a_second(front: Front, stream: bool) -> None:
     call = front.generate(PROMPT, stream=stream, max_tokens=ENDLESS, ignore_eos=True, n=2)
     assert eventually(lambda: front.cell.engine.load.running == 2)
-    call.cancel()
-    assert eventually(lambda: front.idle, FREED_S)
+    with front.freeing():
+        call.cancel()
 
 
 def test_flush_drops_the_prefixes_that_are_kept(front: Front) -> None:
@@ -275,7 +274,7 @@ def test_a_full_queue_is_resource_exhausted_and_frees_what_was_taken(front: Fron
         held = front.cell.engine.load
         several = front.generate(PROMPT, max_tokens=1, n=3)
         assert isinstance(error_of(lambda: list(several)), QueueFull)
-        assert eventually(lambda: front.cell.engine.load == held, FREED_S)
+        assert eventually(lambda: front.cell.engine.load == held)
 
 
 def test_drain_finishes_what_was_accepted(own_front: Front) -> None:
@@ -337,7 +336,7 @@ def test_loads_count_what_runs_and_waits(front: Front) -> None:
             found: float = front.stub.GetLoads(pb.GetLoadsRequest()).loads[0].gen_throughput
             return found
 
-        assert eventually(lambda: rate() > 0, 5)
+        assert eventually(lambda: rate() > 0)
     assert list(front.stub.GetLoads(pb.GetLoadsRequest(dp_rank=1)).loads) == []
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,6 +87,13 @@ class Script:
                 ahead[right] = (ahead[right] + 1) % 90
             request.guesses = [Guess(token) for token in ahead[: request.rest - 1]]
             self.verified.append(len(request.guesses))
+
+
+def submit(running: Cell, requests: Iterable[Request]) -> None:
+    """Hand requests over together: the engine takes none of them before it has all."""
+    with running.engine._change:
+        for request in requests:
+            running.engine.submit(request)
 
 
 def tokens_of(request: Request) -> list[int]:

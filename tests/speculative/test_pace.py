@@ -7,9 +7,11 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from braid_orchestrator import speculative
 from braid_orchestrator.pace import Pace
 from braid_orchestrator.request import Request
 from braid_orchestrator.speculative import Speculator
@@ -19,7 +21,7 @@ from drafts import save_with_mtp
 from harness import sequences
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from spec_cells import cell, idle, poison, tokens_of
+from spec_cells import cell, idle, poison, submit, tokens_of
 
 MOST = 4
 TRIALS = 5 * (MOST + 1)
@@ -47,7 +49,8 @@ def test_what_was_learned_is_what_a_request_makes() -> None:
     assert pace.expected() == pytest.approx(exact, rel=0.2)
 
 
-@settings(max_examples=30, deadline=None)
+# What is drawn decides whether the limit is kept, in all but one of a thousand cases: the same ones always.
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(rate=st.floats(0, 1), guess=st.floats(0.01, 2), verify=st.floats(0, 0.5), seed=st.integers(0, 99))
 def test_the_best_number_is_found(rate: float, guess: float, verify: float, seed: int) -> None:
     def seconds(number: int) -> float:
@@ -101,11 +104,14 @@ def test_a_fixed_number_is_kept() -> None:
 
 
 def test_a_cell_finds_out_and_makes_the_same_tokens(tmp_path: Path) -> None:
-    """A random draft is hardly ever right: the cell gives it up, and looks at it again."""
+    """A random draft is hardly ever right: the cell gives it up, and looks at it again.
+
+    Every step, of the target or the draft, takes a second: what else the machine does decides nothing.
+    """
     model = save_with_mtp(QWEN[2], tmp_path)
     prompts = sequences(2000, [20, 33, 7], seed=4)
 
-    def run(speculative: int) -> tuple[list[list[int]], list[int]]:
+    def run(guesses_ahead: int) -> tuple[list[list[int]], list[int]]:
         chosen: list[int] = []
         guesses = Pace.guesses
 
@@ -115,14 +121,15 @@ def test_a_cell_finds_out_and_makes_the_same_tokens(tmp_path: Path) -> None:
 
         with (
             pytest.MonkeyPatch.context() as patch,
-            cell(model, speculative=speculative, speculative_adaptive=True) as running,
+            cell(model, speculative=guesses_ahead, speculative_adaptive=True) as running,
         ):
             patch.setattr(Pace, "guesses", noted)
+            clock = SimpleNamespace(monotonic=lambda: float(running.walker.steps))
+            patch.setattr(speculative, "time", clock)
             poison(running)
             vocab = running.plans.vocab_size
             works = [Request(f"{n}", one % vocab, max_tokens=100) for n, one in enumerate(prompts)]
-            for work in works:
-                running.engine.submit(work)
+            submit(running, works)
             found = [tokens_of(work) for work in works]
             assert idle(running)
             return found, chosen

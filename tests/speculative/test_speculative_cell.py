@@ -94,7 +94,8 @@ def kill_now_and_then(cell: Launched, made: list[int], stop: threading.Event) ->
 
 
 def test_kills_while_guesses_are_verified_change_no_token(speculating: Launched) -> None:
-    count = 60 * KILLS
+    # Long enough that most kills fall into it, though who reads and kills may wait for a core.
+    count = 400 * KILLS
     sampling = Sampling(0.7, seed=3, top_p=0.95)
 
     def stream(client: Client, into: list[int]) -> list[int]:

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from braid_wire.layers import Mode, Role
 from checkpoints import QWEN
 from drafts import save_with_mtp
 from harness import sequences
-from spec_cells import LIMITS, Script, cell, idle, poison, tokens_of
+from spec_cells import LIMITS, Script, cell, idle, poison, submit, tokens_of
 
 GUESSES = 4
 COUNT = 24
@@ -54,8 +54,7 @@ def prompts(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[np.ndarray]
 
 def serve(running: Cell, requests: Iterable[Request]) -> list[list[int]]:
     works = list(requests)
-    for work in works:
-        running.engine.submit(work)
+    submit(running, works)
     return [tokens_of(work) for work in works]
 
 
@@ -155,8 +154,7 @@ def test_several_completions_of_one_prompt(model: Path, alone: Cell) -> None:
     def made(running: Cell) -> dict[int, list[int]]:
         request = Request("n", prompts()[1], Sampling(1.0, seed=5), COUNT)
         several = fan_out(request, 3)
-        for one in several:
-            running.engine.submit(one)
+        submit(running, several)
         found: dict[int, list[int]] = {}
         for index, event in merged(several):
             if isinstance(event, Token):
@@ -224,8 +222,18 @@ def remote(model: Path) -> Iterator[Cell]:
 
 def children() -> set[int]:
     """Processes that this one has started."""
-    tasks = Path("/proc/self/task").iterdir()
-    return {int(pid) for task in tasks for pid in (task / "children").read_text().split()}
+    found = set()
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # a thread that has ended meanwhile
+            found |= {int(pid) for pid in (task / "children").read_text().split()}
+    return found
+
+
+def command(pid: int) -> str:
+    """Command line of a process; empty where it has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    return ""
 
 
 def kill(word: str, others: set[int]) -> None:
@@ -234,10 +242,9 @@ def kill(word: str, others: set[int]) -> None:
     Args:
         others: children that are left alone, whatever their command line.
     """
-    pids = children() - others
-    (victim,) = [pid for pid in pids if word in Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")]
+    (victim,) = [pid for pid in children() - others if word in command(pid)]
     os.kill(victim, signal.SIGKILL)
-    while Path(f"/proc/{victim}").exists() and Path(f"/proc/{victim}/cmdline").read_text():
+    while command(victim):
         time.sleep(0.001)
 
 

@@ -24,7 +24,7 @@ from braid_wire.layers import Mode, Role
 from checkpoints import QWEN
 from drafts import save_with_mtp
 from harness import sequences
-from spec_cells import Script, cell, idle, poison, tokens_of
+from spec_cells import Script, cell, idle, poison, submit, tokens_of
 
 TINY = Path(__file__).resolve().parents[2] / "models" / "tiny"
 GUESSES = 4
@@ -121,8 +121,7 @@ def test_every_manner_makes_what_it_makes_alone(
     script = play(PATTERNS[name])
     before = running.walker.steps
     requests = works(running)
-    for work in requests:
-        running.engine.submit(work)
+    submit(running, requests)
     for work in requests:
         same(list(work.stream()), expected[work.request_id])
     assert script.verified
@@ -137,8 +136,7 @@ def test_every_manner_makes_what_it_makes_alone(
 def test_the_models_own_draft(running: Cell, expected: dict[str, list[Event]]) -> None:
     for names in (MANNERS, ["warm"], ["greedy", "told"]):
         requests = works(running, names)
-        for work in requests:
-            running.engine.submit(work)
+        submit(running, requests)
         for work in requests:
             same(list(work.stream()), expected[work.request_id])
     counts = running.metrics.accepted_tokens._value.get(), running.metrics.rejected_tokens._value.get()
@@ -218,8 +216,7 @@ def test_a_request_cancelled_during_verification_makes_no_more(
     play([GUESSES])
     (work, other) = works(running, ["warm", "greedy"])
     during_verification(monkeypatch, lambda: running.engine.cancel(work))
-    for one in (work, other):
-        running.engine.submit(one)
+    submit(running, (work, other))
     *before, last = list(work.stream())
     assert isinstance(last, Failed) and isinstance(last.error, RequestCancelled)
     # Nothing of the step that verified is given out: only what was made before it.
@@ -277,8 +274,7 @@ def test_without_slots_for_guesses_a_step_does_without(
         slots = tight.walker.memory(Role.TARGET).slots
         assert slots is not None and slots.total == 6
         requests = works(tight, ["warm", "greedy", "free"])
-        for work in requests:
-            tight.engine.submit(work)
+        submit(tight, requests)
         for work in requests:
             same(list(work.stream()), expected[work.request_id])
         counts = tight.metrics.accepted_tokens._value.get(), tight.metrics.rejected_tokens._value.get()
@@ -326,8 +322,7 @@ def test_a_draft_that_fails_costs_no_token(
 
     monkeypatch.setattr(Walker, "draft", failing)
     requests = works(running)
-    for work in requests:
-        running.engine.submit(work)
+    submit(running, requests)
     for work in requests:
         same(list(work.stream()), expected[work.request_id])
     assert next(calls) > 3
@@ -361,8 +356,7 @@ def test_with_little_memory_some_give_way_and_all_make_the_same(
     with cell(model, few, speculative=2, prefix_cache=False) as tight:
         poison(tight)
         requests = works(tight)
-        for work in requests:
-            tight.engine.submit(work)
+        submit(tight, requests)
         for work in requests:
             same(list(work.stream()), expected[work.request_id])
         counts = tight.metrics.accepted_tokens._value.get(), tight.metrics.rejected_tokens._value.get()

@@ -262,16 +262,20 @@ def test_a_collector_gets_them_by_otlp(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BRAID_RUNTIME_DIR", str(tmp_path_factory.mktemp("r")))
+    monkeypatch.setattr(tracing, "FLUSH_S", 30.0)  # this collector does answer, if late
     with collecting() as (endpoint, collector):
         endpoints = Endpoints(watching=Watching(otlp_endpoint=endpoint))
         with launch(Settings(TINY, threads=1), endpoints, "embedded") as cell, cell.client() as client:
             client.complete("def ", 4, ignore_eos=True, traceparent=SAMPLED)
-        # What waited was sent when the cell ended.
-        (resource,) = collector.taken
-    facts = {item.key: item.value.string_value for item in resource.resource.attributes}
+        # What waited was sent when the cell ended, in one piece or in several.
+        taken = list(collector.taken)
+    (told,) = {
+        frozenset((item.key, item.value.string_value) for item in one.resource.attributes) for one in taken
+    }
+    facts = dict(told)
     assert facts["service.name"] == "braid-orchestrator"
     assert facts["service.version"] and facts["service.instance.id"]
-    spans = [span for scope in resource.scope_spans for span in scope.spans]
+    spans = [span for resource in taken for scope in resource.scope_spans for span in scope.spans]
     assert sorted(span.name for span in spans) == sorted(["text_completion tiny", *PHASES])
     assert {span.trace_id.hex() for span in spans} == {TRACE}
     (root,) = [span for span in spans if span.parent_span_id.hex() == PARENT]
@@ -288,7 +292,7 @@ def test_a_collector_that_is_away_holds_up_nobody(monkeypatch: pytest.MonkeyPatc
     assert (time.monotonic() - began) / 5000 < 1e-3
     began = time.monotonic()
     traces.close()
-    assert time.monotonic() - began < 1.3
+    assert time.monotonic() - began < 5  # without that limit three times as long
 
 
 @pytest.mark.parametrize(

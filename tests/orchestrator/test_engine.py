@@ -133,8 +133,9 @@ def test_stop_tokens_end_a_request_and_are_not_given_out(cell: Cell) -> None:
     assert [e.token_id for e in events if isinstance(e, Token)] == made[: made.index(stop)]
 
 
-def test_a_cancelled_request_frees_what_it_holds(cell: Cell) -> None:
-    work = Request("a", prompt(10), max_tokens=200)
+def test_a_cancelled_request_frees_what_it_holds(make_cell: CellMaker) -> None:
+    cell = make_cell(limits=Limits(max_tokens=64, max_sequences=6, max_context=1024, page_size=8))
+    work = Request("a", prompt(10), max_tokens=1000)
     cell.engine.submit(work)
     events = work.stream()
     next(events)
@@ -148,12 +149,12 @@ def test_a_cancelled_request_frees_what_it_holds(cell: Cell) -> None:
 
 def test_cancel_of_a_waiting_request(make_cell: CellMaker) -> None:
     cell = make_cell(limits=Limits(max_tokens=64, max_sequences=1, max_context=256, page_size=8))
-    first, second = (Request(name, prompt(10), max_tokens=100) for name in "ab")
+    first, second = (Request(name, prompt(10), max_tokens=240) for name in "ab")
     cell.engine.submit(first)
     cell.engine.submit(second)
     cell.engine.cancel(second)
     assert isinstance(list(second.stream())[-1], Failed)
-    assert len(tokens(first)) == 100
+    assert len(tokens(first)) == 240
 
 
 def test_draining_finishes_what_was_accepted_and_takes_nothing_new(cell: Cell) -> None:
@@ -194,11 +195,11 @@ def test_bad_requests_are_refused_and_nothing_is_held(
 
 
 def test_a_live_request_id_cannot_be_used_again(cell: Cell) -> None:
-    first = Request("same", prompt(5), max_tokens=100)
+    first = Request("same", prompt(5), max_tokens=240)
     cell.engine.submit(first)
     with pytest.raises(RequestInvalid, match="same"):
         cell.engine.submit(Request("same", prompt(5), max_tokens=1))
-    assert len(tokens(first)) == 100
+    assert len(tokens(first)) == 240
     again = Request("same", prompt(5), max_tokens=1)
     cell.engine.submit(again)  # free again after its end
     assert len(tokens(again)) == 1

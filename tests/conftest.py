@@ -1,0 +1,9 @@
+"""What holds for the tests of every folder."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+
+# How long an example takes says how busy the machine is, not whether the code is right.
+settings.register_profile("braid", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("braid")

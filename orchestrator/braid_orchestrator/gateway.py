@@ -29,7 +29,7 @@ from braid_wire.errors import BraidError, ConfigInvalid, RequestInvalid, Service
 from braid_wire.process import EXIT_FAULT, EXIT_OK, die_with_parent, log_level_option, setup_logging
 
 from braid_orchestrator.frontends.tokenizer_archive import has_tokenizer
-from braid_orchestrator.supervisor import Program, Supervisor, Watch
+from braid_orchestrator.supervisor import Program, Ready, Supervisor, Watch
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ EXTRA = "gateway"
 
 START_TIMEOUT_S = 60.0
 _STOP_S = 5.0
+_PORT_TRIES = 3
 _POLL_S = 0.05
 _ASK_S = 1.0
 
@@ -152,14 +153,18 @@ def launch(
         BraidError: it cannot start, or could not be kept running.
     """
     check_installed()
-    ports = (free_port(port), free_port(metrics_port, "gateway_metrics_port"))
-    environment = {**os.environ, "BRAID_LOG": log_level}
-    program = Program(GATEWAY, lambda before: _command(workers, ports, log_level), environment, 0, _STOP_S)
-    supervisor = Supervisor([program], lambda line: echo(line) if _says_something(line) else None, watch)
-    supervisor.start()
+
+    def supervised() -> Supervisor:
+        ports = (free_port(port), free_port(metrics_port, "gateway_metrics_port"))
+        environment = {**os.environ, "BRAID_LOG": log_level}
+        program = Program(
+            GATEWAY, lambda before: _command(workers, ports, log_level), environment, 0, _STOP_S
+        )
+        return Supervisor([program], lambda line: echo(line) if _says_something(line) else None, watch)
+
+    supervisor, ready = _first_ready(supervised, 1 if port and metrics_port else _PORT_TRIES)
     failures: list[BraidError] = []
     try:
-        ready = supervisor.wait_ready(START_TIMEOUT_S)[GATEWAY]
         watcher = threading.Thread(target=_wait, args=(supervisor, failures, lost), name="gateway")
         watcher.start()
         try:
@@ -172,6 +177,21 @@ def launch(
         supervisor.settle()
     if failures:
         raise failures[0]
+
+
+def _first_ready(make: Callable[[], Supervisor], tries: int) -> tuple[Supervisor, Ready]:
+    """One that serves: somebody else may take a free port between the search for it and its use."""
+    while True:
+        supervisor, tries = make(), tries - 1
+        supervisor.start()
+        try:
+            return supervisor, supervisor.wait_ready(START_TIMEOUT_S)[GATEWAY]
+        except BaseException as error:
+            supervisor.kill()
+            supervisor.settle()
+            if not isinstance(error, ServiceFault) or "in use" not in error.message or not tries:
+                raise
+            log.info("a port of the gateway was taken meanwhile; others are tried: %s", error.message)
 
 
 def _wait(supervisor: Supervisor, failures: list[BraidError], lost: Callable[[], None]) -> None:

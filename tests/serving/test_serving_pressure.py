@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -47,13 +48,15 @@ def works(cell: Cell, crowd: bool) -> list[list[int]]:
     """Conversations with one beginning, of which some are drawn; one after the other, or all together."""
     shared = prompt(50)
     requests, answers = [], []
-    for index in range(12):
-        sampling = Sampling(seed=index, **WARM) if index % 2 else Sampling()
-        begins = shared[: 50 - 7 * (index % 3)]
-        request = ask(cell, f"{crowd}-{index}", [*begins, *prompt(10 + 9 * index, index)], 48, sampling)
-        requests.append(request)
-        if not crowd:
-            answers.append(tokens_of(request))
+    # The engine begins with none of a crowd before all are there.
+    with cell.engine._change if crowd else nullcontext():
+        for index in range(12):
+            sampling = Sampling(seed=index, **WARM) if index % 2 else Sampling()
+            begins = shared[: 50 - 7 * (index % 3)]
+            request = ask(cell, f"{crowd}-{index}", [*begins, *prompt(10 + 9 * index, index)], 48, sampling)
+            requests.append(request)
+            if not crowd:
+                answers.append(tokens_of(request))
     return answers or [tokens_of(request) for request in requests]
 
 

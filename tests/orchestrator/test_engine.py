@@ -75,7 +75,11 @@ def cell(make_cell: CellMaker) -> Cell:
     return make_cell()
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=12,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(
     lengths=st.lists(st.integers(1, 90), min_size=1, max_size=6),
     chunk=st.sampled_from([0, 1, 7, 64]),

@@ -35,7 +35,7 @@ def cli(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[...,
     handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
     before = own_processes()
     yield lambda *words: run([str(word) for word in words])
-    assert own_processes() == before  # services and busy processes are gone
+    assert own_processes() <= before  # services and busy processes are gone
     signal.signal(signal.SIGTERM, handler)
     torch.set_num_threads(threads)
 
@@ -78,6 +78,12 @@ def check_origin(report: Report, name: str) -> None:
         assert row["bench"] == name and row["repeats"] == 1 and row["threads"] == 1
 
 
+def check_ratio(ratio: float, ours: float, theirs: float) -> None:
+    """Of one turn, a ratio is that of the rates but for their rounding; a turn may take however long."""
+    rate, part = 0.05 + 1e-9, 0.0005 + 1e-9
+    assert (ours - rate) / (theirs + rate) - part <= ratio <= (ours + rate) / (theirs - rate) + part
+
+
 def test_decode_stands_beside_its_peers(bench: Bench, model: Path) -> None:
     peers = ("transformers", "embedded", "grpc_bytes")
     report = bench(
@@ -92,9 +98,7 @@ def test_decode_stands_beside_its_peers(bench: Bench, model: Path) -> None:
         assert 0 < row["hop_us_p50"] <= row["hop_us_p99"]
         assert row["spread"] == 0  # of a single turn
         for peer in peers:
-            assert row[f"ratio_{peer}"] == pytest.approx(
-                row["tokens_per_s"] / row[f"tokens_per_s_{peer}"], rel=0.02
-            )
+            check_ratio(row[f"ratio_{peer}"], row["tokens_per_s"], row[f"tokens_per_s_{peer}"])
 
 
 def test_prefill_is_written_to_a_file_too(
@@ -170,9 +174,7 @@ def test_two_lanes_beside_one(bench: Bench, model: Path) -> None:
         for name in ("one_lane", "two_lanes", "auto"):
             assert row[f"tokens_per_s_{name}"] > 0
             assert 0 < row[f"waiting_{name}"] < 1
-        assert row["ratio_two_lanes"] == pytest.approx(
-            row["tokens_per_s_two_lanes"] / row["tokens_per_s_one_lane"], rel=0.02
-        )
+        check_ratio(row["ratio_two_lanes"], row["tokens_per_s_two_lanes"], row["tokens_per_s_one_lane"])
 
 
 def test_nothing_is_reported_where_logits_differ(

@@ -212,5 +212,5 @@ def test_generate_starts_and_ends_a_cell(place: Place, model: Path) -> None:
     cells = place.cells()
     own = place.braid("generate", model, "-", "--ids", "-n", 5, stdin="1 2 3\n")
     assert own.code == 0 and len(own.out.split()) == 5
-    assert place.cells() == cells
+    assert set(place.cells()) <= set(cells)  # those of dead owners are swept away
     assert list(place.temporary.iterdir()) == []

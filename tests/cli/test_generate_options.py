@@ -15,7 +15,7 @@ from braid_orchestrator.cli.generate import _finite
 from braid_orchestrator.client import Client
 from braid_orchestrator.launcher import launch
 from braid_orchestrator.settings import Settings
-from cli_harness import TINY, Place
+from cli_harness import TINY, Place, eventually
 
 PROMPT = "def read(self, size=-1):\n    "
 
@@ -58,7 +58,7 @@ def generate(address: str, capsys: pytest.CaptureFixture[str]) -> Iterator[Gener
     yield call
     signal.signal(signal.SIGTERM, before)
     with Client(address) as client:
-        assert not any(pool.used for pool in client.status().pools)
+        assert eventually(lambda: not any(pool.used for pool in client.status().pools))
 
 
 def test_help_has_sections(generate: Generate) -> None:

@@ -23,6 +23,7 @@ from braid_wire.process import (
     EXIT_FAULT,
     EXIT_OK,
     EXIT_USAGE,
+    Stop,
     die_with_parent,
     end_loading,
     leave,
@@ -183,7 +184,7 @@ def _serve(settings: Settings, options: NodeOptions) -> None:
     directory = options.runtime_dir if runtime is None else runtime.path
     if directory is None:
         raise ServiceFault("the node has no run-time directory")
-    stop = threading.Event()
+    stop = Stop()
     _on_stop(lambda: sys.exit(EXIT_OK))  # nothing is served yet: a stop is the end
     try:
         node = Node(options.addresses, options.tls)

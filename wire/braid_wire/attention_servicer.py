@@ -26,6 +26,7 @@ from braid_wire.process import (
     EXIT_OK,
     EXIT_USAGE,
     ServiceOptions,
+    Stop,
     begin_loading,
     die_with_parent,
     end_loading,
@@ -164,7 +165,7 @@ def serve(
 
     Once it serves it prints one line on stdout: JSON with service, address, metrics_port and pid.
     """
-    stop = threading.Event()
+    stop = Stop()
     host.on_fault = stop.set
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -7,10 +7,11 @@ import ctypes
 import gc
 import logging
 import os
+import queue
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
@@ -219,6 +220,35 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+class Stop:
+    """What a signal's handler asks for, and the main thread waits for.
+
+    Not an `Event`: the main thread holds the event's lock for moments of its `wait`, and a handler that
+    runs in one of them, on that very thread, would wait for the lock for ever.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        # Its `put` is reentrant: it may interrupt a `get` of the same thread anywhere.
+        self._woken: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def set(self) -> None:
+        """Ask for the stop; from any thread, and from a handler."""
+        self._asked = True
+        self._woken.put(None)
+
+    def is_set(self) -> bool:
+        """Whether it was asked for."""
+        return self._asked
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until it is asked for, at most so long; whether it was. For one thread."""
+        if not self._asked:
+            with suppress(queue.Empty):
+                self._woken.get(timeout=seconds)
+        return self._asked
+
+
 def wait_for_stop(wait: Callable[[float], bool]) -> None:
     """Wait on the main thread for what a signal's handler brings about.
 
@@ -226,7 +256,8 @@ def wait_for_stop(wait: Callable[[float], bool]) -> None:
     main thread that sleeps in a lock is not woken, and the signal is not seen. So it looks up now and then.
 
     Args:
-        wait: waits for so many seconds, and says whether the end has come.
+        wait: waits for so many seconds, and says whether the end has come; what the handlers do must not
+            wait for a lock that this holds (`Stop.wait` is made for it).
     """
     while not wait(_LOOK_UP_S):
         pass

@@ -26,7 +26,7 @@ from braid_wire.attention_servicer import SERVICE_NAME, AttentionServicer
 from braid_wire.errors import PlanMissing
 from braid_wire.layers import Geometry, Kind, LayerPlan, LayerSpec
 from braid_wire.metrics import ProcessMetrics
-from braid_wire.process import die_with_parent, setup_logging, wait_for_stop
+from braid_wire.process import Stop, die_with_parent, setup_logging, wait_for_stop
 from braid_wire.rpc import Server
 
 from braid_orchestrator.bench import tensor_bytes
@@ -138,7 +138,7 @@ def main(kind: str, address: str, threads: int, parent: int) -> None:
     die_with_parent(parent)
     # Inputs are read where gRPC has put them, which torch would like to be writable.
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-    stop = threading.Event()
+    stop = Stop()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     core = KeptCore(import_module(f"{MODULES[kind]}.core").load("auto", threads))
     server = Server([SERVICE_NAME])

@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from typing import NoReturn
 
 import click
 from braid_wire.metrics import PORTS
-from braid_wire.process import EXIT_OK, log_level_option, settled, setup_logging, wait_for_stop
+from braid_wire.process import EXIT_OK, Stop, log_level_option, settled, setup_logging, wait_for_stop
 from braid_wire.rpc import Tls
 
 from braid_orchestrator import console as consoles
@@ -235,7 +234,7 @@ class _Stop:
 
     def __init__(self, cell: Launched) -> None:
         self._cell = cell
-        self._asked = threading.Event()
+        self._asked = Stop()
 
     def listen(self) -> None:
         """From here on signals mean this."""

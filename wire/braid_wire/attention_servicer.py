@@ -76,6 +76,9 @@ class AttentionServicer(attention_pb2_grpc.AttentionServiceServicer):
         walk = Walk(self._host)
         with self._lock:
             self._walks[context] = walk
+            late = self._draining
+        if late:  # nobody has seen it among the walks to end
+            context.cancel()
 
         def check() -> None:
             _expect_active(context)
@@ -98,8 +101,8 @@ class AttentionServicer(attention_pb2_grpc.AttentionServiceServicer):
 
     def drain(self) -> None:
         """End the walks that are between steps; the others end behind their steps."""
-        self._draining = True
         with self._lock:
+            self._draining = True
             idle = [context for context, walk in self._walks.items() if walk.idle]
         for context in idle:
             context.cancel()

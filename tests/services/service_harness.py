@@ -63,6 +63,9 @@ PLANS = {
 PAGE_SIZE, PAGES, SLOTS = 4, 24, 24
 PAGES_PER_SEQUENCE = 6
 MODULES = {Kind.FULL: "braid_full_attn", Kind.LINEAR: "braid_linear_attn"}
+PATIENCE_S = 60.0
+"""Longest wait for what must come at all: what comes in milliseconds here takes seconds where every core
+is wanted by others."""
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "BRAID_LOG": "warning"}
 
 # Epochs of all tests that share the services only ever rise.
@@ -93,7 +96,7 @@ class Service:
     def wait(self) -> int:
         """The exit status."""
         try:
-            return self.process.wait(20)
+            return self.process.wait(PATIENCE_S)
         finally:
             self.process.kill()
             for stream in (self.process.stdout, self.process.stderr):
@@ -101,12 +104,22 @@ class Service:
                     stream.close()
 
 
-def start_service(kind: Kind, address: str, *options: str, program: tuple[str, ...] = ()) -> Service:
+def start_service(
+    kind: Kind,
+    address: str,
+    *options: str,
+    program: tuple[str, ...] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Service:
     """Start a service, or another program in its place, and wait until it says that it is ready."""
     ran = program or ("-m", MODULES[kind])
     command = [sys.executable, *ran, "--address", address, "--metrics-port", "0", *options]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**ENVIRONMENT, **(environment or {})},
     )
     line = process.stdout.readline() if process.stdout else ""
     if not line:
@@ -115,7 +128,7 @@ def start_service(kind: Kind, address: str, *options: str, program: tuple[str, .
     connection = channel(ready["address"])
     # gRPC remembers an address that failed a moment ago, whatever channel it was.
     if "--tls-cert" not in options:
-        grpc.channel_ready_future(connection).result(10)
+        grpc.channel_ready_future(connection).result(PATIENCE_S)
     return Service(kind, process, ready, connection, attention_pb2_grpc.AttentionServiceStub(connection))
 
 
@@ -263,7 +276,7 @@ class Cell:
         """Configure both services, and check what they accept."""
         for kind, service in self.services.items():
             request = self.configure_request(kind)
-            response = service.stub.Configure(request, timeout=20)
+            response = service.stub.Configure(request, timeout=PATIENCE_S)
             assert response.epoch == request.epoch
             for (role, plan), accepted in zip(self.plans.items(), response.accepted, strict=True):
                 layers = plan.side(kind)
@@ -353,7 +366,7 @@ class Cell:
         return [self.work((role, spec.layer_id, kind), sent.tokens) for spec in self.plans[role].side(kind)]
 
     def plan(self, kind: Kind, sent: Sent) -> pb.PlanResponse:
-        response = self.services[kind].stub.Plan(pb.PlanRequest(batch=sent.message), timeout=10)
+        response = self.services[kind].stub.Plan(pb.PlanRequest(batch=sent.message), timeout=PATIENCE_S)
         assert response.summary.qo_indptr_last == sent.tokens
         return response
 
@@ -364,7 +377,7 @@ class Cell:
         )
 
     def attend(self, kind: Kind, sent: Sent, work: Work) -> pb.AttendResponse:
-        response = self.services[kind].stub.Attend(self.attend_request(sent, work), timeout=10)
+        response = self.services[kind].stub.Attend(self.attend_request(sent, work), timeout=PATIENCE_S)
         timing = response.timing
         assert 0 < timing.received_ns <= timing.started_ns <= timing.finished_ns
         return response

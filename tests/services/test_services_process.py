@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import queue
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -23,13 +24,19 @@ from braid_wire.layers import Kind
 from braid_wire.rpc import channel
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from service_harness import ENVIRONMENT, MODULES, Cell, MakeCell, Service, refused, start_service
+from service_harness import ENVIRONMENT, MODULES, PATIENCE_S, Cell, MakeCell, Service, refused, start_service
 
 SERVICE = "braid.v1.AttentionService"
 
 
 @pytest.fixture
-def own(runtime: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the service that a test may kill makes its temporary files, and nobody else does."""
+    return tmp_path_factory.mktemp("t")
+
+
+@pytest.fixture
+def own(runtime: Path, scratch: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A linear service that a test may kill."""
     service = start_service(
         Kind.LINEAR,
@@ -38,6 +45,7 @@ def own(runtime: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
         "8",
         "--backend",
         "reference",
+        environment={"TMPDIR": str(scratch)},
     )
     yield service
     service.channel.close()
@@ -46,7 +54,7 @@ def own(runtime: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 
 def health(service: Service, name: str) -> int:
     stub = health_pb2_grpc.HealthStub(service.channel)
-    status: int = stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=10).status
+    status: int = stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=PATIENCE_S).status
     return status
 
 
@@ -56,7 +64,7 @@ def test_the_ready_line(services: dict[Kind, Service], runtime: Path) -> None:
         assert service.ready["address"] == f"unix:{runtime}/{kind.value}"
         assert service.ready["pid"] == service.process.pid
         url = f"http://127.0.0.1:{service.ready['metrics_port']}/metrics"
-        text = urllib.request.urlopen(url, timeout=5).read().decode()
+        text = urllib.request.urlopen(url, timeout=PATIENCE_S).read().decode()
         assert f'braid_build_info{{service="{kind.value}"' in text
         path = runtime / kind.value
         assert path.stat().st_mode & 0o777 == 0o600
@@ -112,20 +120,20 @@ def test_sigterm_lets_an_open_step_finish(own: Service, make_cell: MakeCell) -> 
     assert list(streams[0]) == []
     idle.put(None)
     busy.put(None)
-    assert own.process.wait(10) == 0
+    assert own.process.wait(PATIENCE_S) == 0
 
 
-def test_kill_leaves_nothing_behind(own: Service, make_cell: MakeCell) -> None:
-    before = {name: leftovers(name) for name in ("/dev/shm", "/tmp")}
+def test_kill_leaves_nothing_behind(own: Service, scratch: Path, make_cell: MakeCell) -> None:
     cell = make_cell(services={Kind.LINEAR: own})
     cell.configure()
     sequence = cell.sequence(0)
     cell.step((sequence, 3))
+    files = named_files(own.process.pid)
     own.kill()
     with pytest.raises(grpc.RpcError) as caught:
         cell.plan(Kind.LINEAR, cell.batch((sequence, 1)))
     assert type(errors.from_rpc_error(caught.value, "linear")) is errors.ServiceLost
-    assert {name: leftovers(name) for name in before} == before
+    assert files == set() and list(scratch.iterdir()) == []
     # The state is the orchestrator's: a fresh process goes on where the dead one was.
     heir = start_service(Kind.LINEAR, str(own.ready["address"]))
     try:
@@ -137,9 +145,19 @@ def test_kill_leaves_nothing_behind(own: Service, make_cell: MakeCell) -> None:
         heir.channel.close()
 
 
-def leftovers(directory: str) -> set[str]:
-    """What lies in a directory that Braid might have left there."""
-    return {entry.name for entry in os.scandir(directory) if "braid" in entry.name or "memfd" in entry.name}
+def named_files(pid: int) -> set[str]:
+    """The files for temporary things that a process has open or mapped and that have a name, so that they
+    outlive it. Other processes of the tests have theirs in the same directories."""
+    found = set[str]()
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            found.add(str(fd.readlink()))
+    found = {path for path in found if path.startswith((f"{tempfile.gettempdir()}/", "/dev/shm/"))}
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        *_, path = line.split(maxsplit=5)
+        if path.startswith("/dev/shm/"):
+            found.add(path)
+    return {path for path in found if not path.endswith(" (deleted)")}
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
@@ -148,7 +166,7 @@ def test_dies_with_its_parent(runtime: Path, signal_number: int) -> None:
         "import os, subprocess, sys, time\n"
         "subprocess.Popen([sys.executable, '-m', 'braid_linear_attn', '--address', sys.argv[1], '--backend',"
         " 'reference', '--metrics-port', '0', '--parent', str(os.getpid())])\n"
-        "time.sleep(60)\n"
+        "time.sleep(600)\n"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", starter, f"unix:{runtime}/orphan"],
@@ -160,15 +178,21 @@ def test_dies_with_its_parent(runtime: Path, signal_number: int) -> None:
     assert parent.stdout is not None
     child = json.loads(parent.stdout.readline())["pid"]
     parent.send_signal(signal_number)
-    parent.wait(5)
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
-        if Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-            break  # dead, and waiting for an init that reaps
+    parent.wait(PATIENCE_S)
+    deadline = time.monotonic() + PATIENCE_S
+    while not has_ended(child):
+        assert time.monotonic() < deadline
         time.sleep(0.02)
-    else:
-        assert not Path(f"/proc/{child}").exists()
     parent.stdout.close()
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone, or dead and waiting for an init that reaps."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):  # the latter where it went behind the opening
+        return True
+    return stat.rpartition(")")[2].split()[0] in ("Z", "X")
 
 
 def run(kind: Kind, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -176,7 +200,7 @@ def run(kind: Kind, *options: str, **environment: str) -> subprocess.CompletedPr
         [sys.executable, "-m", MODULES[kind], *options],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=2 * PATIENCE_S,
         env={**ENVIRONMENT, **environment},
     )
 
@@ -239,7 +263,7 @@ def test_tcp_with_tls(runtime: Path, tmp_path: Path) -> None:
         port = str(service.ready["address"]).rpartition(":")[2]
         with channel(f"localhost:{port}", ca=certificate) as trusted:
             stub = attention_pb2_grpc.AttentionServiceStub(trusted)
-            assert stub.Describe(pb.DescribeRequest(), timeout=10).pid == service.process.pid
+            assert stub.Describe(pb.DescribeRequest(), timeout=PATIENCE_S).pid == service.process.pid
         with channel(f"localhost:{port}") as plain, pytest.raises(grpc.RpcError):
             attention_pb2_grpc.AttentionServiceStub(plain).Describe(pb.DescribeRequest(), timeout=2)
     finally:

@@ -12,7 +12,7 @@ from braid.v1 import attention_pb2 as pb
 from braid_wire import errors
 from braid_wire.doorbell import BELL_BYTES, Doorbell
 from braid_wire.layers import Kind
-from service_harness import Cell, MakeCell, Sent, Work, assert_status, changed, refused
+from service_harness import PATIENCE_S, Cell, MakeCell, Sent, Work, assert_status, changed, refused
 
 KINDS = (Kind.FULL, Kind.LINEAR)
 KEPT = 7
@@ -31,7 +31,7 @@ class Stream:
     requests: queue.SimpleQueue[pb.WalkRequest | None] = field(default_factory=queue.SimpleQueue)
 
     def __post_init__(self) -> None:
-        self.call = self.cell.services[self.kind].stub.Walk(iter(self.requests.get, None), timeout=30)
+        self.call = self.cell.services[self.kind].stub.Walk(iter(self.requests.get, None), timeout=PATIENCE_S)
         self.works: list[Work] = []
 
     def ask(self, request: pb.WalkRequest) -> pb.WalkResponse:
@@ -115,7 +115,7 @@ def test_by_doorbell_they_are_exact_too(cell: Cell, stream: Stream) -> None:
         for index, work in enumerate(stream.works, start=base + 1):
             work.output.fill_(torch.nan)
             asked.ring(index)
-            assert done.wait(index, alive, 10)
+            assert done.wait(index, alive, PATIENCE_S)
             cell.check(stream.kind, sent, work)
         sent.commit()
 
@@ -166,7 +166,7 @@ def test_what_breaks_a_rule_is_refused_and_runs_nothing(cell: Cell, stream: Stre
     # Nor does the step before run on, whose copies have been written over.
     work = stream.works[0]
     with refused(errors.PlanMissing):
-        cell.services[stream.kind].stub.Attend(cell.attend_request(first, work), timeout=10)
+        cell.services[stream.kind].stub.Attend(cell.attend_request(first, work), timeout=PATIENCE_S)
     good = like(cell, first, (sequence, 3))
     assert stream.again(good).HasField("opened")
     stream.run(good)

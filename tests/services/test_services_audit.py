@@ -11,7 +11,7 @@ import pytest
 import torch
 from braid_wire.audit import relative_error
 from braid_wire.layers import Kind
-from service_harness import MODULES, Cell, MakeCell, Service, start_service
+from service_harness import MODULES, PATIENCE_S, Cell, MakeCell, Service, start_service
 
 _ERROR = re.compile(r"^braid_audit_error\{(.*)\} (\S+)$", re.MULTILINE)
 TOLERANCE = 1e-4
@@ -31,7 +31,7 @@ def audited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Kind, Ser
 def errors(service: Service) -> dict[tuple[str, int], float]:
     """(role, layer id) → its last audit's error."""
     url = f"http://127.0.0.1:{service.ready['metrics_port']}/metrics"
-    text = urllib.request.urlopen(url, timeout=5).read().decode()
+    text = urllib.request.urlopen(url, timeout=PATIENCE_S).read().decode()
     found = {}
     for labels, value in _ERROR.findall(text):
         named = dict(re.findall(r'(\w+)="([^"]*)"', labels))
@@ -44,7 +44,7 @@ def audit(cell: Cell, service: Service, layers: int) -> dict[tuple[str, int], fl
     """Steps until every layer was audited."""
     first, second = cell.sequence(0), cell.sequence(1)
     cell.step((first, 7), (second, 3))
-    end = time.monotonic() + 20
+    end = time.monotonic() + PATIENCE_S
     while len(found := errors(service)) < layers:
         assert time.monotonic() < end, found
         if first.length < 20:
@@ -99,7 +99,7 @@ def test_a_wrong_kernel_shows(
     wrong = start_wrong(kind)
     cell = make_cell(services={kind: wrong})
     cell.configure()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     while not (found := errors(wrong)):
         assert time.monotonic() < deadline
         sent = cell.batch((cell.sequence(0), 4))

@@ -14,7 +14,17 @@ from braid_orchestrator.plan_check import check_summary
 from braid_wire import convert, errors
 from braid_wire.batch import Batch
 from braid_wire.layers import Gqa, Kind, LayerPlan, LayerSpec, Mla, Mode, Role
-from service_harness import PAGE_SIZE, Cell, MakeCell, Sent, Sequence_, Service, refused, start_service
+from service_harness import (
+    PAGE_SIZE,
+    PATIENCE_S,
+    Cell,
+    MakeCell,
+    Sent,
+    Sequence_,
+    Service,
+    refused,
+    start_service,
+)
 
 MLA = Mla(num_heads=2, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=10, kv_lora_rank=16, scale=12**-0.5)
 GQA = Gqa(num_q_heads=6, num_kv_heads=2, head_dim=8, v_head_dim=12, scale=0.3, sliding_window=5)
@@ -66,7 +76,7 @@ def cell(backend: tuple[str, Service], make_cell: MakeCell) -> Cell:
 def plan(cell: Cell, sent: Sent, options: Mapping[str, str]) -> pb.PlanSummary:
     """Plan over gRPC, and check the answer as the orchestrator does."""
     request = pb.PlanRequest(batch=sent.message, options=options)
-    summary = cell.services[Kind.FULL].stub.Plan(request, timeout=20).summary
+    summary = cell.services[Kind.FULL].stub.Plan(request, timeout=PATIENCE_S).summary
     check_summary(summary, as_batch(sent), Kind.FULL, "full")
     return summary
 
@@ -143,7 +153,7 @@ def test_the_same_over_a_walk(cell: Cell) -> None:
     opened = cell.open_request(sent, works)
     opened.open.plan.options.update(EXPANDED)
     runs = [pb.WalkRequest(run=pb.RunTicket(step=sent.message.step, index=i)) for i in range(len(works))]
-    answers = list(cell.services[Kind.FULL].stub.Walk(iter([opened, *runs]), timeout=20))
+    answers = list(cell.services[Kind.FULL].stub.Walk(iter([opened, *runs]), timeout=PATIENCE_S))
     assert [answer.WhichOneof("message") for answer in answers] == ["opened", "done", "done"]
     check_summary(answers[0].opened.summary, as_batch(sent), Kind.FULL, "full")
     for work in works:
@@ -158,8 +168,8 @@ def test_a_budget_that_is_none_is_refused_by_those_that_have_one(
     request = pb.PlanRequest(batch=sent.message, options={"prefix_chunk_tokens": "many"})
     stub = cell.services[Kind.FULL].stub
     if "prefix_chunk_tokens" not in BACKENDS[backend[0]].options:
-        assert list(stub.Plan(request, timeout=10).summary.ignored_options) == ["prefix_chunk_tokens"]
+        assert list(stub.Plan(request, timeout=PATIENCE_S).summary.ignored_options) == ["prefix_chunk_tokens"]
         return
     with refused(errors.RequestInvalid) as found:
-        stub.Plan(request, timeout=10)
+        stub.Plan(request, timeout=PATIENCE_S)
     assert "prefix_chunk_tokens" in found[0].message and "many" in found[0].message

@@ -15,10 +15,14 @@ from braid.v1 import attention_pb2 as pb
 from braid_wire import errors
 from braid_wire.doorbell import BELL_BYTES, Doorbell
 from braid_wire.layers import Kind
-from service_harness import Cell, MakeCell, Sent, Service, Work, assert_status, start_service
+from service_harness import PATIENCE_S, Cell, MakeCell, Sent, Service, Work, assert_status, start_service
 
 KINDS = (Kind.FULL, Kind.LINEAR)
 RELEASE_S = 0.1
+ATTEMPTS = 20
+"""One release may be late because others have the cores; the quickest of many is not."""
+BEFORE_KEEPALIVE_S = 5.0
+"""Well before gRPC's keep-alive would find a peer gone: 10 s until it asks, and 5 s for the answer."""
 
 
 def alive() -> None:
@@ -34,7 +38,7 @@ class Rung:
     requests: queue.SimpleQueue[pb.WalkRequest | None] = field(default_factory=queue.SimpleQueue)
 
     def __post_init__(self) -> None:
-        self.call = self.cell.services[self.kind].stub.Walk(iter(self.requests.get, None), timeout=30)
+        self.call = self.cell.services[self.kind].stub.Walk(iter(self.requests.get, None), timeout=PATIENCE_S)
         room = self.cell.room["metadata"]
         self.memory = [room.empty((BELL_BYTES,), torch.uint8).zero_() for _ in range(2)]
         self.request, self.done = (Doorbell(memory) for memory in self.memory)
@@ -58,7 +62,7 @@ class Rung:
 
     def run(self, at: int) -> None:
         self.request.ring(self.base + at + 1)
-        self.done.wait(self.base + at + 1, alive, 10)
+        self.done.wait(self.base + at + 1, alive, PATIENCE_S)
 
     def walk(self, sent: Sent) -> None:
         """A whole correct step."""
@@ -109,32 +113,48 @@ def opened(cell: Cell, rung: Rung) -> Sent:
     return sent
 
 
+def quickest(cell: Cell, rung: Rung, release: Callable[[Rung], float]) -> float:
+    """Seconds of the quickest of some releases, each of a walk of its own; the first may be `rung`."""
+    took = [release(rung)]
+    while took[-1] >= RELEASE_S and len(took) < ATTEMPTS:
+        took.append(release(Rung(cell, rung.kind)))
+    return min(took)
+
+
 def test_a_step_that_is_given_up_releases_the_service(cell: Cell, rung: Rung) -> None:
-    opened(cell, rung)
-    began = time.monotonic()
-    rung.request.fail()
-    assert_status(rung.answer().failed, errors.StepAborted)
-    assert time.monotonic() - began < RELEASE_S
-    rung.end()
+    def give_up(rung: Rung) -> float:
+        opened(cell, rung)
+        began = time.monotonic()
+        rung.request.fail()
+        assert_status(rung.answer().failed, errors.StepAborted)
+        took = time.monotonic() - began
+        rung.end()
+        return took
+
+    assert quickest(cell, rung, give_up) < RELEASE_S
 
 
 def test_a_new_epoch_releases_both_sides(cell: Cell, rung: Rung) -> None:
-    opened(cell, rung)
-    cell.next_epoch()
-    other = cell.batch((cell.sequence(2), 2))
-    cell.plan(rung.kind, other)
-    began = time.monotonic()
-    assert_status(rung.answer().failed, errors.EpochStale)
-    rung.done.wait(rung.base + 2, alive, 10)
-    assert rung.done.failed
-    assert time.monotonic() - began < RELEASE_S
-    rung.end()
+    def begin_another(rung: Rung) -> float:
+        opened(cell, rung)
+        cell.next_epoch()
+        other = cell.batch((cell.sequence(2), 2))
+        cell.plan(rung.kind, other)
+        began = time.monotonic()
+        assert_status(rung.answer().failed, errors.EpochStale)
+        rung.done.wait(rung.base + 2, alive, PATIENCE_S)
+        assert rung.done.failed
+        took = time.monotonic() - began
+        rung.end()
+        return took
+
+    assert quickest(cell, rung, begin_another) < RELEASE_S
 
 
 def test_a_peer_that_leaves_inside_a_step_is_forgotten(cell: Cell, rung: Rung) -> None:
     opened(cell, rung)
     rung.call.cancel()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE_S
     while not rung.done.failed and time.monotonic() < deadline:
         time.sleep(0.005)
     assert rung.done.failed  # the service has stopped waiting; the fixture sees that it serves
@@ -193,4 +213,4 @@ def test_a_killed_service_breaks_the_stream_at_once(
     began = time.monotonic()
     with pytest.raises(grpc.RpcError):
         rung.answer()
-    assert time.monotonic() - began < RELEASE_S
+    assert time.monotonic() - began < BEFORE_KEEPALIVE_S

@@ -12,7 +12,7 @@ from braid.v1 import attention_pb2 as pb
 from braid_wire import errors
 from braid_wire.doorbell import BELL_BYTES, Doorbell
 from braid_wire.layers import Kind
-from service_harness import Cell, Sent, Work, assert_status
+from service_harness import PATIENCE_S, Cell, Sent, Work, assert_status
 
 KINDS = (Kind.FULL, Kind.LINEAR)
 
@@ -31,7 +31,7 @@ class Pair:
     requests: queue.SimpleQueue[pb.WalkRequest | None] = field(default_factory=queue.SimpleQueue)
 
     def __post_init__(self) -> None:
-        self.call = self.cell.services[self.kind].stub.Walk(iter(self.requests.get, None), timeout=30)
+        self.call = self.cell.services[self.kind].stub.Walk(iter(self.requests.get, None), timeout=PATIENCE_S)
         room = self.cell.room["metadata"]
         self.memory = [room.empty((BELL_BYTES,), torch.uint8).zero_() for _ in range(2)]
         self.request, self.done = (Doorbell(memory) for memory in self.memory)
@@ -95,7 +95,7 @@ def test_lanes_take_turns_and_are_exact(cell: Cell, pair: Pair) -> None:
                 value = pair.base + 2 * index + lane + 1
                 assert pair.done.value == value - 1  # the other lane's layer ran, and no more
                 pair.request.ring(value)
-                assert pair.done.wait(value, alive, 10)
+                assert pair.done.wait(value, alive, PATIENCE_S)
                 cell.check_output(pair.kind, sent[lane], works[lane][index])
         stamps = pair.timings[:, :tickets].transpose(0, 1).flatten().tolist()
         assert stamps == sorted(stamps)
@@ -110,7 +110,7 @@ def test_nothing_runs_before_both_lanes_are_open(cell: Cell, pair: Pair) -> None
     with pytest.raises(errors.StepTimeout):
         pair.done.wait(1, alive, 0.1)
     assert pair.open(sent[1], works[1], pair.bells(1, len(works[1]))).HasField("opened")
-    assert pair.done.wait(1, alive, 10)
+    assert pair.done.wait(1, alive, PATIENCE_S)
 
 
 def test_giving_up_closes_both_lanes(cell: Cell, pair: Pair) -> None:
@@ -118,12 +118,12 @@ def test_giving_up_closes_both_lanes(cell: Cell, pair: Pair) -> None:
     for lane in range(2):
         pair.open(sent[lane], works[lane], pair.bells(lane, len(works[lane])))
     pair.request.ring(1)
-    assert pair.done.wait(1, alive, 10)
+    assert pair.done.wait(1, alive, PATIENCE_S)
     pair.request.fail()
     failed: pb.WalkResponse = next(pair.call)
     assert_status(failed.failed, errors.StepAborted)
     assert failed.lane == 1  # its layer was the next
-    assert not pair.done.wait(2, alive, 10)
+    assert not pair.done.wait(2, alive, PATIENCE_S)
     for lane in range(2):
         run = pb.RunTicket(step=sent[lane].message.step, lane=lane, index=0)
         pair.requests.put(pb.WalkRequest(run=run))

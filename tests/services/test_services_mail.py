@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import struct
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -16,7 +15,7 @@ from braid_wire import errors
 from braid_wire.doorbell import BELL_BYTES, Doorbell
 from braid_wire.layers import Kind
 from braid_wire.mailbox import Mailbox
-from service_harness import Cell, Sent, Work, assert_status
+from service_harness import PATIENCE_S, Cell, Sent, Work, assert_status
 
 KINDS = (Kind.FULL, Kind.LINEAR)
 ROOM = 1 << 14
@@ -35,7 +34,7 @@ class Posted:
     requests: queue.SimpleQueue[pb.WalkRequest | None] = field(default_factory=queue.SimpleQueue)
 
     def __post_init__(self) -> None:
-        self.call = self.cell.services[self.kind].stub.Walk(iter(self.requests.get, None), timeout=30)
+        self.call = self.cell.services[self.kind].stub.Walk(iter(self.requests.get, None), timeout=PATIENCE_S)
         room = self.cell.room["metadata"]
         self.bells = [room.empty((BELL_BYTES,), torch.uint8).zero_() for _ in range(2)]
         self.boxes = [room.empty((ROOM,), torch.uint8).zero_() for _ in range(2)]
@@ -63,14 +62,14 @@ class Posted:
 
     def by_mail(self, *texts: bytes) -> list[pb.WalkResponse]:
         self.sent.put(texts)
-        letter = self.answers.take(alive, 10)
+        letter = self.answers.take(alive, PATIENCE_S)
         assert letter is not None
         return [pb.WalkResponse.FromString(text) for text in letter]
 
     def run(self, sent: Sent, works: list[Work]) -> None:
         for index, work in enumerate(works):
             self.request.ring(self.base + index + 1)
-            assert self.done.wait(self.base + index + 1, alive, 10)
+            assert self.done.wait(self.base + index + 1, alive, PATIENCE_S)
             self.cell.check(self.kind, sent, work)
         self.base += len(works)
 
@@ -124,14 +123,14 @@ def test_letters_that_cannot_be_read_are_answered(cell: Cell, posted: Posted) ->
     assert_status(answer.failed, errors.BatchInvalid)
     for garbage in (struct.pack("<q", 1 << 40), struct.pack("<qq", 1, 1 << 40), struct.pack("<qq", 1, -5)):
         posted.sent.put([bytes(64)])  # counts the letter; its text is written over before it is read again
-        assert posted.answers.take(alive, 10) is not None
+        assert posted.answers.take(alive, PATIENCE_S) is not None
         memory = posted.boxes[0]
         memory[BELL_BYTES : BELL_BYTES + len(garbage)] = torch.frombuffer(
             bytearray(garbage), dtype=torch.uint8
         )
         posted.sent._letters += 1
         Doorbell(memory[:BELL_BYTES]).ring(posted.sent._letters)
-        letter = posted.answers.take(alive, 10)
+        letter = posted.answers.take(alive, PATIENCE_S)
         assert letter is not None
         assert_status(pb.WalkResponse.FromString(letter[0]).failed, errors.ViewInvalid)
     posted.next(cell.batch((cell.sequence(1), 2)))
@@ -154,10 +153,8 @@ def test_given_up_mailboxes_lead_back_to_the_stream(cell: Cell, posted: Posted) 
 
 def test_the_end_of_the_stream_ends_a_walk_that_waits_for_mail(cell: Cell, posted: Posted) -> None:
     posted.requests.put(None)
-    began = time.monotonic()
     posted.sent.give_up()
-    assert list(posted.call) == []
-    assert time.monotonic() - began < 1
+    assert list(posted.call) == []  # and not the error of the call's own deadline
 
 
 @pytest.mark.parametrize("size", [BELL_BYTES, 8])

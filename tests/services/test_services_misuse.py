@@ -19,7 +19,7 @@ from braid.v1 import common_pb2
 from braid_wire import convert, errors
 from braid_wire.arena import ArenaOwner
 from braid_wire.layers import Kind, LayerPlan, LayerSpec, Role
-from service_harness import GDN, GQA, Cell, MakeCell, Sent, Work, changed, refused
+from service_harness import GDN, GQA, PATIENCE_S, Cell, MakeCell, Sent, Work, changed, refused
 
 FULL, LINEAR = Kind.FULL, Kind.LINEAR
 BOTH = (FULL, LINEAR)
@@ -153,14 +153,14 @@ def test_plan_refuses(cell: Cell, case: PlanCase) -> None:
     spoil(sent)
     for kind in kinds:
         with refused(error):
-            cell.services[kind].stub.Plan(pb.PlanRequest(batch=sent.message), timeout=10)
+            cell.services[kind].stub.Plan(pb.PlanRequest(batch=sent.message), timeout=PATIENCE_S)
 
 
 def test_plan_refuses_a_slot_read_and_written(cell: Cell) -> None:
     sent = three_spans(cell)
     changed(sent, "state_out", [-1, read_slot(sent), -1, -1, 20, 21])
     with refused(BATCH) as found:
-        cell.services[LINEAR].stub.Plan(pb.PlanRequest(batch=sent.message), timeout=10)
+        cell.services[LINEAR].stub.Plan(pb.PlanRequest(batch=sent.message), timeout=PATIENCE_S)
     assert found[0].metadata["field"] == "state_out"
 
 
@@ -172,7 +172,7 @@ def test_recycled_memory_is_refused_from_the_moment_it_is_recycled(cell: Cell) -
     cell.generations["slot"][read_slot(sent)] += 1
     for kind in BOTH:
         with refused(STALE):
-            cell.services[kind].stub.Plan(pb.PlanRequest(batch=sent.message), timeout=10)
+            cell.services[kind].stub.Plan(pb.PlanRequest(batch=sent.message), timeout=PATIENCE_S)
 
 
 def test_a_failed_plan_is_not_kept(cell: Cell) -> None:
@@ -180,7 +180,7 @@ def test_a_failed_plan_is_not_kept(cell: Cell) -> None:
     changed(sent, "sequence_ids", [0, 1, 1])
     for kind in BOTH:
         with refused(BATCH):
-            cell.services[kind].stub.Plan(pb.PlanRequest(batch=sent.message), timeout=10)
+            cell.services[kind].stub.Plan(pb.PlanRequest(batch=sent.message), timeout=PATIENCE_S)
         with refused(errors.PlanMissing):
             cell.attend(kind, sent, cell.all_work(kind, sent)[0])
 
@@ -242,7 +242,7 @@ def test_attend_refuses_what_is_not_planned(
     for name, value in values.items():
         setattr(request, name, value)
     with refused(error):
-        cell.services[kind].stub.Attend(request, timeout=10)
+        cell.services[kind].stub.Attend(request, timeout=PATIENCE_S)
     cell.attend(kind, sent, work)
     cell.check(kind, sent, work)
 
@@ -490,7 +490,7 @@ def test_a_refused_configure_changes_nothing(cell: Cell, case: ConfigureCase) ->
         request = cell.configure_request(kind)
         spoil(request)
         with refused(error) as found:
-            cell.services[kind].stub.Configure(request, timeout=20)
+            cell.services[kind].stub.Configure(request, timeout=PATIENCE_S)
         assert told in found[0].message
         # The old epoch, its plan and its memory are still there.
         assert cell.services[kind].stub.Describe(pb.DescribeRequest()).epoch == cell.epoch
@@ -505,7 +505,7 @@ def test_an_unsupported_dtype_is_named_with_the_layers(cell: Cell, kind: Kind) -
     request = cell.configure_request(kind)
     request.activation_dtype = common_pb2.DTYPE_FLOAT16
     with refused(DISPUTED) as found:
-        cell.services[kind].stub.Configure(request, timeout=10)
+        cell.services[kind].stub.Configure(request, timeout=PATIENCE_S)
     for role, plan in cell.plans.items():
         for spec in plan:
             named = f"{role.value} {spec.layer_id}" in found[0].message
@@ -521,7 +521,7 @@ def test_layers_that_cannot_run_are_named_with_their_ids_and_no_others(cell: Cel
     request = cell.configure_request(LINEAR)
     request.plans[0].CopyFrom(convert.plan_to_pb(plan))
     with refused(DISPUTED) as found:
-        cell.services[LINEAR].stub.Configure(request, timeout=10)
+        cell.services[LINEAR].stub.Configure(request, timeout=PATIENCE_S)
     assert re.search(r"target 4, target 11: .*conv_width", found[0].message)
     assert re.search(r"target 9: .*scale", found[0].message)
     assert "target 5" not in found[0].message
@@ -532,7 +532,7 @@ def test_a_size_that_the_kernels_cannot_take_is_named(cell: Cell) -> None:
     plan = LayerPlan(Role.TARGET, (LayerSpec(6, Kind.FULL, full=type(GQA)(4, 2, 8, 8, scale=-1.0)),))
     request.plans[0].CopyFrom(convert.plan_to_pb(plan))
     with refused(DISPUTED) as found:
-        cell.services[FULL].stub.Configure(request, timeout=10)
+        cell.services[FULL].stub.Configure(request, timeout=PATIENCE_S)
     assert "target 6" in found[0].message and "scale" in found[0].message
 
 
@@ -540,12 +540,12 @@ def test_a_parameter_of_another_shape_is_refused(cell: Cell) -> None:
     request = cell.configure_request(LINEAR)
     request.storage[0].params["A_log"].shape[0] = 3
     with refused(VIEW) as found:
-        cell.services[LINEAR].stub.Configure(request, timeout=10)
+        cell.services[LINEAR].stub.Configure(request, timeout=PATIENCE_S)
     assert "A_log" in found[0].message
     request = cell.configure_request(LINEAR)
     del request.storage[0].params["dt_bias"]
     with refused(DISPUTED) as found:
-        cell.services[LINEAR].stub.Configure(request, timeout=10)
+        cell.services[LINEAR].stub.Configure(request, timeout=PATIENCE_S)
     assert "dt_bias" in found[0].message and "layer 0" in found[0].message
 
 
@@ -602,7 +602,7 @@ def test_a_dead_owner_is_no_fault_of_the_service(
     request.arenas.append(described)
     request.arenas[-1].arena_id = 40
     with refused(errors.ArenaUnknown):
-        cell.services[FULL].stub.Configure(request, timeout=20)
+        cell.services[FULL].stub.Configure(request, timeout=PATIENCE_S)
 
 
 # Bytes.
@@ -623,12 +623,12 @@ def test_garbage_as_a_message(cell: Cell, kind: Kind) -> None:
                 f"/braid.v1.AttentionService/{method}", request_serializer=same, response_deserializer=same
             )
             with refused(errors.RequestInvalid):
-                call(data, timeout=10)
+                call(data, timeout=PATIENCE_S)
         walk = cell.services[kind].channel.stream_stream(
             "/braid.v1.AttentionService/Walk", request_serializer=same, response_deserializer=same
         )
         with refused(errors.RequestInvalid):
-            list(walk(iter([data]), timeout=10))
+            list(walk(iter([data]), timeout=PATIENCE_S))
 
 
 @pytest.mark.parametrize("kind", BOTH)
@@ -647,7 +647,7 @@ def test_an_unknown_method(cell: Cell) -> None:
         "/braid.v1.AttentionService/Nothing", request_serializer=same, response_deserializer=same
     )
     with pytest.raises(grpc.RpcError) as caught:
-        call(b"", timeout=10)
+        call(b"", timeout=PATIENCE_S)
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
@@ -658,7 +658,7 @@ def test_an_oversize_message(cell: Cell) -> None:
             "/braid.v1.AttentionService/Plan", request_serializer=same, response_deserializer=same
         )
         with pytest.raises(grpc.RpcError) as caught:
-            call(bytes(256 * 1024 * 1024 + 1), timeout=60)
+            call(bytes(256 * 1024 * 1024 + 1), timeout=PATIENCE_S)
     # The transport itself refuses it, before any message is there, so without ErrorInfo.
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert type(errors.from_rpc_error(caught.value, "full")) is errors.RequestInvalid

@@ -19,7 +19,7 @@ from braid_wire.attention_walk import Walk
 from braid_wire.layers import Kind, LayerPlan, Mode, Role
 from braid_wire.metrics import ProcessMetrics
 from braid_wire.views import ArenaMap
-from service_harness import PLANS, Cell, MakeCell, Sent, Work
+from service_harness import PATIENCE_S, PLANS, Cell, MakeCell, Sent, Work
 
 KINDS = (Kind.FULL, Kind.LINEAR)
 
@@ -34,7 +34,7 @@ def walk(cell: Cell, kind: Kind, steps: list[tuple[Sent, list[Work]]]) -> list[p
             pb.WalkRequest(run=pb.RunTicket(step=step, lane=lane, index=index)) for index in range(len(works))
         ]
         requests.append(pb.WalkRequest(close=pb.CloseStep(step=step, lane=lane)))
-    return list(cell.services[kind].stub.Walk(iter(requests), timeout=20))
+    return list(cell.services[kind].stub.Walk(iter(requests), timeout=PATIENCE_S))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -148,7 +148,7 @@ def test_two_lanes_on_one_walk(cell: Cell) -> None:
             for index in range(len(works[0]))
             for sent in lanes
         ]
-        responses = list(cell.services[kind].stub.Walk(iter(requests), timeout=20))
+        responses = list(cell.services[kind].stub.Walk(iter(requests), timeout=PATIENCE_S))
         assert not any(response.HasField("failed") for response in responses)
         for sent, work in zip(lanes, works, strict=True):
             for item in work:
@@ -162,7 +162,7 @@ def test_walk_answers_each_message_before_the_next(cell: Cell) -> None:
     sent = cell.batch((cell.sequence(0), 3))
     works = cell.all_work(Kind.LINEAR, sent)
     requests: queue.SimpleQueue[pb.WalkRequest | None] = queue.SimpleQueue()
-    stream = cell.services[Kind.LINEAR].stub.Walk(iter(requests.get, None), timeout=20)
+    stream = cell.services[Kind.LINEAR].stub.Walk(iter(requests.get, None), timeout=PATIENCE_S)
     requests.put(cell.open_request(sent, works))
     assert next(stream).opened.summary.qo_indptr_last == 3
     for index, work in enumerate(works):
@@ -291,7 +291,7 @@ def test_metrics_count_every_layer(cell: Cell) -> None:
 
 def _samples(cell: Cell, kind: Kind) -> Iterator[tuple[str, float]]:
     port = cell.services[kind].ready["metrics_port"]
-    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
+    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE_S).read().decode()
     for line in text.splitlines():
         if not line.startswith("#"):
             name, value = line.rsplit(" ", 1)

@@ -11,7 +11,7 @@ import pytest
 from braid.v1 import attention_pb2 as pb
 from braid_wire import errors
 from braid_wire.layers import Kind, Role
-from service_harness import Cell, Sent, Work, assert_status, changed
+from service_harness import PATIENCE_S, Cell, Sent, Work, assert_status, changed
 
 KINDS = (Kind.FULL, Kind.LINEAR)
 
@@ -25,7 +25,7 @@ class Stream:
     requests: queue.SimpleQueue[pb.WalkRequest | None] = field(default_factory=queue.SimpleQueue)
 
     def __post_init__(self) -> None:
-        self.call = self.cell.services[self.kind].stub.Walk(iter(self.requests.get, None), timeout=30)
+        self.call = self.cell.services[self.kind].stub.Walk(iter(self.requests.get, None), timeout=PATIENCE_S)
 
     def ask(self, request: pb.WalkRequest) -> pb.WalkResponse:
         self.requests.put(request)

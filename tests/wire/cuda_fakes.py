@@ -71,7 +71,7 @@ class FakeStream:
     def __init__(self) -> None:
         self.work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.enqueued = self.ran = 0
-        threading.Thread(target=self._run, daemon=True).start()
+        threading.Thread(target=self._run, name=type(self).__name__, daemon=True).start()
 
     def put(self, work: Callable[[], None]) -> None:
         self.enqueued += 1

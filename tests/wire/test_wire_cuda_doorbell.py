@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import mmap
+import threading
 import time
 
+import cuda_fakes
 import pytest
 import torch
 from braid.v1 import attention_pb2 as pb
@@ -14,8 +16,8 @@ from braid_wire.cuda_arena import CudaContext
 from braid_wire.cuda_doorbell import DeviceBell, Pages, handovers_of, sharing_of, stream_values_work
 from braid_wire.cuda_driver import CAN_STREAM_VALUES, MPS_ENABLED
 from braid_wire.doorbell import BELL_BYTES
-from braid_wire.errors import StepTimeout, ViewInvalid
-from cuda_fakes import FakeDriver, HostStreams, World, reached, wait_until
+from braid_wire.errors import ServiceLost, StepTimeout, ViewInvalid
+from cuda_fakes import FakeDriver, FakeStream, HostStreams, World, reached, wait_until
 
 VALUES, EVENTS = pb.DEVICE_HANDOVER_STREAM_VALUES, pb.DEVICE_HANDOVER_EVENTS
 
@@ -35,6 +37,26 @@ def test_what_works_is_found_by_real_calls() -> None:
     assert handovers_of(context()) == (VALUES, EVENTS)
     assert not stream_values_work(context(broken=True), limit_s=0.05)
     assert handovers_of(context(attributes={CAN_STREAM_VALUES: 0})) == (EVENTS,)
+
+
+def test_a_stream_that_outlives_its_probe_may_reach_its_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine that is too busy to run it in time; touching memory that is gone would kill us."""
+    go = threading.Event()
+
+    class Late(FakeStream):
+        def _run(self) -> None:
+            go.wait(60)
+            super()._run()
+
+    monkeypatch.setattr(cuda_fakes, "FakeStream", Late)
+    where = context(broken=True)
+    assert not stream_values_work(where, limit_s=0.01)
+    gc.collect()
+    late = [one for one in threading.enumerate() if one.name == Late.__name__]
+    go.set()
+    for thread in late:
+        thread.join(60)
+    assert late and not any(thread.is_alive() for thread in late)
 
 
 @pytest.mark.parametrize(
@@ -130,8 +152,15 @@ def test_giving_up_outlasts_what_the_peer_had_enqueued(owner: ArenaOwner) -> Non
 
 
 def test_a_wait_for_the_device_has_a_limit_and_looks_at_the_peer() -> None:
-    streams = HostStreams()
-    looked = []
+    streams, looks = HostStreams(), 0
     with pytest.raises(StepTimeout):
-        streams.until(lambda: False, lambda: looked.append(1), 0.05)
-    assert len(looked) > 5
+        streams.until(lambda: False, lambda: None, 0.05)
+
+    def look() -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 6:
+            raise ServiceLost("the peer is gone")
+
+    with pytest.raises(ServiceLost):
+        streams.until(lambda: False, look, 60)

@@ -19,7 +19,7 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 
 def health(connection: grpc.Channel, name: str = "") -> int:
     stub = health_pb2_grpc.HealthStub(connection)
-    status: int = stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=10).status
+    status: int = stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=60).status
     return status
 
 
@@ -108,7 +108,7 @@ def test_a_killed_owner_is_swept(short_path: Path, monkeypatch: pytest.MonkeyPat
         "import sys, time\n"
         "from braid_wire.runtime_dir import RuntimeDirectory\n"
         "print(RuntimeDirectory.create().path, flush=True)\n"
-        "time.sleep(60)\n"
+        "time.sleep(600)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -118,7 +118,7 @@ def test_a_killed_owner_is_swept(short_path: Path, monkeypatch: pytest.MonkeyPat
     ours = RuntimeDirectory.create()
     assert theirs.exists()  # its owner lives
     process.kill()
-    process.wait(5)
+    process.wait(60)
     process.stdout.close()
     sweep(short_path)
     assert not theirs.exists() and ours.path.exists() and (short_path / "stranger").exists()

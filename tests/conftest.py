@@ -1,9 +1,10 @@
-"""What holds for the tests of every folder."""
+"""What all tests share: properties are about values, never about how busy the machine was."""
 
 from __future__ import annotations
 
 from hypothesis import HealthCheck, settings
 
-# How long an example takes says how busy the machine is, not whether the code is right.
+# The default deadline, 200 ms for each example, is missed where every core is wanted by others; drawing
+# examples slowly says as little.
 settings.register_profile("braid", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("braid")

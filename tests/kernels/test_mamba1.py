@@ -80,6 +80,7 @@ def test_the_scan_is_transformers() -> None:
 
 def test_the_norm_is_jambas() -> None:
     modeling = pytest.importorskip("transformers.models.jamba.modeling_jamba")
+    torch.manual_seed(0)
     x = torch.randn(4, 7)
     norm = modeling.JambaRMSNorm(7, eps=0.3)
     torch.nn.init.normal_(norm.weight)
@@ -138,10 +139,12 @@ def test_any_shape_matches_the_reference(
     absent: set[str],
     seed: int,
 ) -> None:
+    # The norm of one value, or of few, has a slope of norm_eps ** -0.5 at 0: at the usual 1e-6 rounding would
+    # be a thousand times as large there. And errors are told by the largest output: one is enough to vanish,
+    # which the first span's many do not.
+    geometry, lengths = Mamba1(inner, state, rank, width, norm_eps=0.1), [40, *lengths]
     spans = [Span.final(length, i - 1, len(lengths) + i) for i, length in enumerate(lengths)]
-    case = linear_case(
-        Mamba1(inner, state, rank, width), spans, slots=2 * len(lengths), seed=seed, pad=seed % 3, bias=True
-    )
+    case = linear_case(geometry, spans, slots=2 * len(lengths), seed=seed, pad=seed % 3, bias=True)
     for name in absent:
         del case.params[name]
     assert_close(case.run(cpp), case.run(reference))

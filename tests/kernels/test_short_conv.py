@@ -77,6 +77,7 @@ def test_any_shape_matches_the_reference(
     bf16: bool,
     seed: int,
 ) -> None:
+    lengths = [40, *lengths]  # errors are told by the largest output, and one alone may vanish
     spans = [Span.final(length, i - 1, len(lengths) + i) for i, length in enumerate(lengths)]
     case = linear_case(
         ShortConv(channels, width), spans, slots=2 * len(lengths), seed=seed, pad=seed % 3, gap=seed % 2,

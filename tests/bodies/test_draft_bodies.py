@@ -90,10 +90,14 @@ def test_a_draft_scores_and_makes_nothing() -> None:
 def test_a_sequence_gives_both_roles_memory_back_when_it_is_cancelled(tmp_path: Path) -> None:
     with cell(save_with_mtp(QWEN35, tmp_path, ("linear",))) as running:
         (prompt,) = sequences(running.plans.vocab_size, [120])
-        request = Request("r", prompt, chunk=1, mtp=True)
-        running.engine.submit(request)
-        running.engine.cancel(request)
-        assert isinstance(list(request.stream())[-1], Failed)
+        for attempt in range(20):  # a machine that is busy may be done with it before it is cancelled
+            request = Request(f"r{attempt}", prompt, chunk=1, mtp=True)
+            running.engine.submit(request)
+            running.engine.cancel(request)
+            if isinstance(list(request.stream())[-1], Failed):
+                break
+        else:
+            pytest.fail("no request was cancelled in time")
         for memory in running.store.memory.values():
             assert all(pool.used == 0 for pool in (memory.pages, memory.slots) if pool is not None)
 

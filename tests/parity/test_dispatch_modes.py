@@ -79,12 +79,14 @@ def kill_now_and_then(cell: Launched, made: list[int], stop: threading.Event) ->
         while len(made) < enough:
             if stop.wait(0.005):
                 return
-        stop.wait(chance.uniform(0, 0.05))
+        if stop.wait(chance.uniform(0, 0.05)):
+            return
         pid = cell.pid(chance.choice(("full", "linear")))
         if pid is not None:
             os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.timeout(600)  # seven starts of a service, one behind the other
 def test_kills_at_random_points_of_walks_change_no_token() -> None:
     with launch(Settings(TINY, threads=1)) as cell, cell.client() as client:
         count = 40 * KILLS

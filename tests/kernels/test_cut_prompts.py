@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from braid_kernels import full_backend, linear_backend
 from braid_kernels.geometry import Gqa
 from braid_kernels.metadata import NO_SLOT, LinearMeta, PagedMeta
-from braid_kernels.native import set_num_threads
+from braid_kernels.native import num_threads, set_num_threads
 from braid_kernels.testing import (
     Span,
     full_case,
@@ -26,9 +27,11 @@ LENGTHS = (CUT + 128, CUT + 129, CUT + 171, 2 * CUT, 2 * CUT + 37, 3 * CUT + 130
 
 
 @pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> int:
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = num_threads()
     set_num_threads(request.param)
-    return int(request.param)
+    yield int(request.param)
+    set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", small_linear_geometries())

@@ -162,7 +162,7 @@ if pid == 0:
 raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
     env = {**os.environ, "PYTHONPATH": str(PACKAGE_PARENT)}
-    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=150)
 
 
 NARROW = """

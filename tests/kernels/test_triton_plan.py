@@ -104,9 +104,9 @@ def test_many_tokens_are_planned_in_little_time() -> None:
 
     spans = [Span.final(1, -1, b) for b in range(256)] + [Span.final(16384, -1, 256)]
     meta = linear_meta(spans)
-    begin = time.perf_counter()
+    begin = time.thread_time()  # of this thread on its core: others' work is not counted
     plan = plan_step(meta, CPU, chunk=64, short_span=16)
-    assert time.perf_counter() - begin < 0.1  # measured 0.2 ms
+    assert time.thread_time() - begin < 0.1  # measured 0.2 ms
     assert plan.num_chunks == 256
     assert np.array_equal(plan.recurrent.numpy(), np.arange(256))
 

@@ -402,10 +402,14 @@ def _message(line: str) -> dict[str, Any] | None:
 
 def _hopeless(child: _Child, code: int) -> bool:
     """Whether a process that ended before it served would only end so again."""
-    if code == EXIT_USAGE or child.failed_starts >= _MOST_FAILED_STARTS:
+    if child.failed_starts >= _MOST_FAILED_STARTS:
         return True
+    if child.last_ready is not None:
+        # It comes back at ports that were its own, and anybody's while it was gone: one that is taken by a
+        # connection of somebody else's is free again in a moment.
+        return False
     # One that has never served fails of its own accord, unless it waited for another one.
-    return child.last_ready is None and code == EXIT_FAULT and not isinstance(child.error, ServiceLost)
+    return code == EXIT_USAGE or (code == EXIT_FAULT and not isinstance(child.error, ServiceLost))
 
 
 def _failure(child: _Child, code: int) -> BraidError:

@@ -102,6 +102,20 @@ def test_restart_that_fails_ends_the_others(make: Make, tmp_path: Path) -> None:
     assert not alive(ready["two"].pid)
 
 
+def test_a_port_that_is_taken_for_a_moment_ends_nothing(make: Make, tmp_path: Path) -> None:
+    """While a process is started again its ports are anybody's: it has another try, as from any loss."""
+    file = tmp_path / "starts"
+    code = (
+        f"import sys\nfile = open({str(file)!r}, 'a+')\nfile.write('x')\nfile.flush()\nfile.seek(0)\n"
+        f"if len(file.read()) == 2: sys.exit(2)\n{SERVE}"
+    )
+    supervisor = make(program("one", code))
+    first = supervisor.wait_ready(60)["one"]
+    os.kill(first.pid, signal.SIGKILL)
+    assert eventually(lambda: pid(supervisor, "one") not in (0, first.pid), 60)
+    assert file.read_text() == "xxx"
+
+
 def test_stops_in_order(make: Make) -> None:
     seen: list[str] = []
 

@@ -146,6 +146,19 @@ def test_a_wrong_announcement(owner: ArenaOwner) -> None:
     assert open_arenas() == before
 
 
+def test_an_arena_that_nobody_closes_goes_with_its_last_user(owner: ArenaOwner) -> None:
+    described = owner.describe(owner.create(4096, "kv"))
+    before = open_arenas()
+    mapped = map_arena(described)
+    kept = mapped.memory[:8]
+    assert open_arenas() == before + 2  # its own, and that of its mapping
+    del mapped
+    assert open_arenas() == before + 1
+    kept.fill_(1)
+    del kept
+    assert open_arenas() == before
+
+
 def test_impossible_sizes(owner: ArenaOwner) -> None:
     with pytest.raises(ViewInvalid):
         owner.create(0, "nothing")

@@ -14,6 +14,7 @@ import os
 import socket
 import struct
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -64,6 +65,10 @@ class HostArena(Arena):
         self._memory: torch.Tensor | None = torch.frombuffer(
             mmap.mmap(fd, size_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE), dtype=torch.uint8
         )
+        # At the latest with this object: a host that lives in the orchestrator's process is let go of as it
+        # is, and nobody closes what it has mapped.
+        self._close_fd = weakref.finalize(self, os.close, fd)
+        self._close_fd.atexit = False
 
     @classmethod
     def create(cls, arena_id: int, size_bytes: int, label: str) -> HostArena:
@@ -102,9 +107,8 @@ class HostArena(Arena):
         )
 
     def close(self) -> None:
-        if self._memory is not None:
-            self._memory = None
-            os.close(self.fd)
+        self._memory = None
+        self._close_fd()
 
 
 class Allocator:

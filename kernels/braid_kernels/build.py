@@ -1,12 +1,14 @@
 """Builds the C++ kernels with the machine's compiler, once, and caches the library.
 
 The cache key covers sources, flags, compiler version and processor, so an upgraded compiler or a
-home directory shared between unlike machines never loads a library that does not fit. Concurrent
-builds are harmless: each compiles into a temporary file and renames it into place.
+home directory shared between unlike machines never loads a library that does not fit. One process
+compiles at a time, on every core, and those that wait for it find the library; where the cache's file system
+knows no locks, each compiles for itself. A library comes into place whole, by a rename.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
@@ -14,7 +16,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +57,6 @@ WIRE = Library("braid_wire", ("doorbell.cpp", "batch_check.cpp"))
 FLAGS = (
     "-O3",
     "-std=c++17",
-    "-shared",
     "-fPIC",
     "-pthread",
     "-ffp-contract=off",  # products are fused where the source says so, and only there
@@ -61,6 +64,7 @@ FLAGS = (
     "-fno-trapping-math",
     "-fvisibility=default",
 )
+LINK = ("-shared", "-pthread")
 NATIVE = "-march=native"
 TIMEOUT_S = 300
 
@@ -109,22 +113,51 @@ def _processor() -> str:
 def _key(compiler: str, library: Library) -> str:
     digest = hashlib.sha256()
     version = _run([compiler, "--version"])
-    for part in (compiler, version.stdout, " ".join((NATIVE, *FLAGS)), _processor()):
+    for part in (compiler, version.stdout, " ".join((NATIVE, *FLAGS, *LINK)), _processor()):
         digest.update(part.encode() + b"\0")
     for name in (*library.sources, *library.headers):
         digest.update((SOURCE_DIR / name).read_bytes() + b"\0")
     return digest.hexdigest()[:24]
 
 
-def _compile(compiler: str, sources_of: Library, target: Path) -> None:
-    """Compile into `target`; without -march=native where the compiler does not know it."""
-    sources = [str(SOURCE_DIR / name) for name in sources_of.sources]
-    base = [compiler, *FLAGS, *sources, "-o", str(target)]
+def _object(compiler: str, source: Path, scratch: Path) -> Path:
+    """Compile one source; without -march=native where the compiler does not know it."""
+    made = scratch / f"{source.stem}.o"
+    base = [compiler, *FLAGS, "-c", str(source), "-o", str(made)]
     result = _run([*base, NATIVE])
     if result.returncode and "march" in result.stderr:
         result = _run(base)
+    _expect_done(compiler, result)
+    return made
+
+
+def _expect_done(compiler: str, result: subprocess.CompletedProcess[str]) -> None:
     if result.returncode:
         raise BuildError(f"{compiler} failed with status {result.returncode}", result.stderr.strip())
+
+
+def _compile(compiler: str, wanted: Library, scratch: Path) -> Path:
+    """Compile a library's sources side by side, and link them."""
+    sources = [SOURCE_DIR / name for name in wanted.sources]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        objects = list(pool.map(lambda source: _object(compiler, source, scratch), sources))
+    made = scratch / f"{wanted.name}.so"
+    _expect_done(compiler, _run([compiler, *LINK, *map(str, objects), "-o", str(made)]))
+    return made
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """No other process is in here for this directory."""
+    place = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX)
+        except OSError as error:
+            logger.info("no locks in %s: %s", directory, error)
+        yield
+    finally:
+        os.close(place)
 
 
 def build(wanted: Library = KERNELS) -> Path:
@@ -135,11 +168,11 @@ def build(wanted: Library = KERNELS) -> Path:
         return library
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as scratch:
-            fresh = Path(scratch) / library.name
-            logger.info("compiling %s with %s into %s", wanted.name, compiler, library)
-            _compile(compiler, wanted, fresh)
-            fresh.replace(library)  # atomic: a reader sees no library or a whole one
+        with _alone(library.parent):
+            if not library.exists():  # nobody made it meanwhile
+                logger.info("compiling %s with %s into %s", wanted.name, compiler, library)
+                with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as scratch:
+                    _compile(compiler, wanted, Path(scratch)).replace(library)
     except OSError as error:
         raise BuildError(f"the cache directory {library.parent} is not usable: {error}") from error
     return library

@@ -129,19 +129,43 @@ def test_a_compile_error_carries_the_compilers_text(tmp_path: Path, monkeypatch:
     assert "no such luck" in caught.value.output
 
 
-def test_a_cached_library_is_not_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = tmp_path / "counting-c++"
-    count = tmp_path / "count"
-    compiler.write_text(
-        '#!/bin/sh\n[ "$1" = --version ] && exit 0\n'
-        f'echo x >> {count}\nwhile [ "$1" != -o ]; do shift; done\necho library > "$2"\n'
-    )
+COUNTING = """#!/bin/sh
+[ "$1" = --version ] && exit 0
+case "$*" in *-shared*) echo linked >> {count}; sleep 0.2;; esac
+while [ "$1" != -o ]; do shift; done
+echo library > "$2"
+"""
+
+
+def counting_compiler(place: Path) -> tuple[Path, dict[str, str]]:
+    """Where a compiler notes what it links, and the environment that names it and an empty cache."""
+    compiler, count = place / "counting-c++", place / "count"
+    compiler.write_text(COUNTING.format(count=count))
     compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setenv("BRAID_CACHE_DIR", str(tmp_path / "cache"))
+    return count, {"CXX": str(compiler), "BRAID_CACHE_DIR": str(place / "cache")}
+
+
+def test_a_cached_library_is_not_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count, environment = counting_compiler(tmp_path)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     assert build() == build()
-    assert count.read_text() == "x\n"
+    assert count.read_text() == "linked\n"
     assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".so"]
+
+
+def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
+    count, environment = counting_compiler(tmp_path)
+    env = {**os.environ, "PYTHONPATH": str(PACKAGE_PARENT), **environment}
+    code = "from braid_kernels.build import build; print(build())"
+    started = [
+        subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    told = {process.communicate(timeout=120)[0] for process in started}
+    assert [process.returncode for process in started] == [0] * 4
+    assert len(told) == 1
+    assert count.read_text() == "linked\n"
 
 
 def test_a_forked_child_can_compute(tmp_path: Path) -> None:

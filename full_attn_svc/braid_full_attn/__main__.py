@@ -21,7 +21,9 @@ def main(options: ServiceOptions) -> None:
     run_service(
         "full",
         options,
-        lambda: load(options.backend, thread_count(options.threads), options.max_tokens, options.device),
+        lambda: load(
+            options.backend, thread_count(options.threads), options.max_tokens, options.device, peers=True
+        ),
     )
 
 

@@ -196,7 +196,9 @@ def _kernel_geometry(geometry: Geometry) -> FullGeometry:
     return found(**asdict(geometry))
 
 
-def load(backend: str, threads: int, max_tokens: int = 0, device: str = "cpu") -> FullAttention:
+def load(
+    backend: str, threads: int, max_tokens: int = 0, device: str = "cpu", peers: bool = False
+) -> FullAttention:
     """A core with its kernels loaded.
 
     Args:
@@ -204,11 +206,12 @@ def load(backend: str, threads: int, max_tokens: int = 0, device: str = "cpu") -
         threads: of the kernels.
         max_tokens: most tokens in one step; 0: no limit.
         device: "cpu", "cuda" or "cuda:N".
+        peers: whether other processes look out for what this one makes.
 
     Raises:
         RequestInvalid: no backend has this name, or it does not run there; or there is no such device.
         ServiceFault: the kernels cannot be built.
     """
     where = device_of(device)
-    found = backends.choose(backend, where, default_full_backend, full_backend, threads)
+    found = backends.choose(backend, where, default_full_backend, full_backend, threads, peers)
     return FullAttention(found, max_tokens, where)

@@ -179,7 +179,9 @@ def _kernel_geometry(geometry: Geometry) -> LinearGeometry:
     return found(**asdict(geometry))
 
 
-def load(backend: str, threads: int, max_tokens: int = 0, device: str = "cpu") -> LinearAttention:
+def load(
+    backend: str, threads: int, max_tokens: int = 0, device: str = "cpu", peers: bool = False
+) -> LinearAttention:
     """A core with its kernels loaded.
 
     Args:
@@ -187,11 +189,12 @@ def load(backend: str, threads: int, max_tokens: int = 0, device: str = "cpu") -
         threads: of the kernels.
         max_tokens: most tokens in one step; 0: no limit.
         device: "cpu", "cuda" or "cuda:N".
+        peers: whether other processes look out for what this one makes.
 
     Raises:
         RequestInvalid: no backend has this name, or it does not run there; or there is no such device.
         ServiceFault: the kernels cannot be built.
     """
     where = device_of(device)
-    found = backends.choose(backend, where, default_linear_backend, linear_backend, threads)
+    found = backends.choose(backend, where, default_linear_backend, linear_backend, threads, peers)
     return LinearAttention(found, max_tokens, where)

@@ -178,7 +178,7 @@ def run_node(settings: Settings, options: NodeOptions) -> NoReturn:
 
 def _serve(settings: Settings, options: NodeOptions) -> None:
     """Load, serve until SIGTERM or SIGINT, drain."""
-    use_threads(thread_count(settings.threads))
+    use_threads(thread_count(settings.threads), peers=True)
     cell_options = settings.cell_options()
     runtime = None if options.runtime_dir is not None else RuntimeDirectory.create()
     directory = options.runtime_dir if runtime is None else runtime.path

@@ -189,6 +189,51 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=150)
 
 
+SHARING = """
+import os, sys, torch
+from braid_kernels.native import mind_peers, set_num_threads
+from braid_kernels.native.gemm import Part, gemm, pack
+from braid_kernels.testing import same_bits
+torch.set_num_threads(1)
+threads = int(sys.argv[1])
+small, large = torch.randn(8, 256), torch.randn(2048, 256)
+weight = pack(torch.randn(512, 256))
+def made(rows):
+    out = torch.empty(len(rows), 512)
+    gemm(rows, weight, [Part(out, 0)])
+    return out
+def workers():
+    return len(os.listdir("/proc/self/task"))
+set_num_threads(1)
+expected = made(small), made(large)
+before, found = workers(), []
+set_num_threads(threads)
+if sys.argv[2] == "peers":
+    mind_peers()
+for rows, alone in zip((small, large), expected):
+    assert same_bits(made(rows), alone)
+    found.append(workers() - before)
+print(*found)
+"""
+
+
+@pytest.mark.parametrize("peers", ["none", "peers"])
+def test_small_regions_are_not_shared_where_peers_have_no_core(peers: str) -> None:
+    threads = max(len(os.sched_getaffinity(0)), 2)
+    env = {**os.environ, "PYTHONPATH": str(PACKAGE_PARENT)}
+    done = subprocess.run(
+        [sys.executable, "-c", SHARING, str(threads), peers],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    small, large = map(int, done.stdout.split())
+    assert large == threads - 1
+    assert small == (0 if peers == "peers" else large)
+
+
 NARROW = """
 import braid_kernels.build as build
 build.NATIVE = "-msse2"

@@ -15,7 +15,12 @@ B = TypeVar("B", FullBackend, LinearBackend)
 
 
 def choose(
-    name: str, device: torch.device, fastest: Callable[[str], B], named: Callable[[str], B], threads: int
+    name: str,
+    device: torch.device,
+    fastest: Callable[[str], B],
+    named: Callable[[str], B],
+    threads: int,
+    peers: bool,
 ) -> B:
     """A backend with its kernels loaded, which this process runs on so many threads.
 
@@ -25,6 +30,7 @@ def choose(
         fastest: the backend for a type of device; for "auto".
         named: the backend of a name.
         threads: of a kernel, process-wide.
+        peers: whether other processes look out for what this one makes.
 
     Raises:
         RequestInvalid: no backend has this name, or it does not run there.
@@ -44,7 +50,9 @@ def choose(
         )
     torch.set_num_threads(threads)
     if found.name == "cpp":
-        from braid_kernels.native import set_num_threads
+        from braid_kernels.native import mind_peers, set_num_threads
 
         set_num_threads(threads)
+        if peers:
+            mind_peers()
     return found

@@ -20,8 +20,6 @@
 namespace braid {
 namespace {
 
-constexpr double PARALLEL_WORK = 150e3;  // multiply-adds, about 20 us on one core
-
 void relax() {
 #if defined(__x86_64__)
     _mm_pause();
@@ -53,6 +51,7 @@ struct Pool {
 
 std::atomic<int> thread_limit{1};
 std::atomic<int> spin_us{50};
+std::atomic<double> shared_work{150e3};  // multiply-adds of a region worth sharing, about 20 us on one core
 std::atomic<Pool*> current{nullptr};
 
 void take_tasks(Pool* pool) {
@@ -138,7 +137,7 @@ void parallel_for(int64_t count, double work, void (*task)(void*, int64_t), void
     int width = thread_limit.load(std::memory_order_relaxed);
     if (width > count) width = (int)count;
     Pool* p = nullptr;
-    if (width > 1 && work >= PARALLEL_WORK) p = pool();
+    if (width > 1 && work >= shared_work.load(std::memory_order_relaxed)) p = pool();
     if (!p || !p->caller.try_lock()) {
         for (int64_t i = 0; i < count; i++) task(context, i);
         return;
@@ -177,5 +176,6 @@ extern "C" {
 void braid_set_threads(int32_t n) { braid::thread_limit.store(n < 1 ? 1 : n); }
 int32_t braid_get_threads() { return braid::thread_limit.load(); }
 void braid_set_spin_us(int32_t us) { braid::spin_us.store(us < 0 ? 0 : us); }
+void braid_set_shared_work(double work) { braid::shared_work.store(work); }
 int32_t braid_vector_lanes() { return braid::VL; }
 }

@@ -13,6 +13,7 @@ from braid_kernels.build import build
 from braid_kernels.errors import BuildError, FieldError, InputError, KernelError, MetadataError, PlanError
 
 _VOID, _I32, _I64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+_CROWDED_WORK = 4e6
 _INPUT = (_VOID, _I64, _I32)
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
@@ -23,6 +24,11 @@ def default_threads() -> int:
     text = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if text.isdigit() and int(text) > 0:
         return int(text)
+    return cores()
+
+
+def cores() -> int:
+    """Processors this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
@@ -52,6 +58,7 @@ def library() -> ctypes.CDLL:
         getattr(lib, name).restype = _I64
     lib.braid_set_threads.argtypes = [_I32]
     lib.braid_set_spin_us.argtypes = [_I32]
+    lib.braid_set_shared_work.argtypes = [ctypes.c_double]
     lib.braid_set_threads(default_threads())
     return lib
 
@@ -65,6 +72,17 @@ def set_num_threads(count: int) -> None:
 
 def num_threads() -> int:
     return int(library().braid_get_threads())
+
+
+def mind_peers() -> None:
+    """Other processes look out for what this one makes, as those of a cell do; process-wide, for good.
+
+    Where threads take every core, one of them is in a peer's way, or the peer in its, and a region of a few
+    microseconds waits for a thread that has no core. Then only regions of at least 4 million multiply-adds,
+    100 us and more, are shared among threads.
+    """
+    if num_threads() >= cores():
+        library().braid_set_shared_work(_CROWDED_WORK)
 
 
 def set_spin_us(microseconds: int) -> None:

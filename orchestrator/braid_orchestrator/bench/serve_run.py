@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from braid_wire.errors import RequestInvalid
+from braid_wire.process import thread_count
 from rich.table import Table
 
 from braid_orchestrator.bench import serve
@@ -118,25 +119,26 @@ def _queue(address: str) -> dict[float, float]:
 
 
 @contextmanager
-def _cell(given: Mapping[str, Any]) -> Iterator[tuple[str, int, Path, str]]:
-    """(address, threads, model, dtype) of the cell that the load is for."""
+def _cell(given: Mapping[str, Any]) -> Iterator[tuple[str, int | None, Path, str]]:
+    """(address, threads if they are known, model, dtype) of the cell that the load is for."""
     model, target = given["model"], given["target"]
     if (model is None) == (target is None):
         raise RequestInvalid("give a MODEL to serve, or the --target of a running cell", field="target")
     if target is not None:
         with Client(target) as client:
             running = Path(client.status().model)
-        yield target, given["threads"], running, "of the cell"
+        yield target, None, running, "of the cell"
         return
+    threads = thread_count(given["threads"])
     settings = Settings(
         model,
-        threads=given["threads"],
+        threads=threads,
         max_sequences=given["max_sequences"],
         max_tokens=given["max_tokens"],
         max_context=given["max_context"],
     )
     with launch(settings) as launched:
-        yield launched.address, given["threads"], model, settings.dtype
+        yield launched.address, threads, model, settings.dtype
 
 
 def _conversations(given: Mapping[str, Any], model: Path) -> list[Conversation]:

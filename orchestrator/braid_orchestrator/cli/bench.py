@@ -282,7 +282,11 @@ def overlap(prompts: tuple[int, ...], phase: tuple[str, ...], **given: Any) -> N
     "--max-context", type=click.IntRange(1), default=1024, show_default=True, help="Of an own cell."
 )
 @click.option(
-    "--threads", type=click.IntRange(1), default=1, show_default=True, help="Of an own cell's processes."
+    "--threads",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of each process of an own cell; 0: as `braid serve` chooses.",
 )
 @click.option("--details", type=click.Path(dir_okay=False, path_type=Path), help="Every request, as JSON.")
 @click.option("--json", "json_out", is_flag=True, help="Print one JSON object.")

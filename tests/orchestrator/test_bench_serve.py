@@ -124,7 +124,11 @@ def test_a_load_on_a_cell(
     command += ["--rate", "40", "--speedup", "--input-tokens", "2:20", "--output-tokens", "3:8"]
     command += ["--cancel-share", "0.3", "--max-context", "128", "--json", "--details", details]
     assert run([str(word) for word in command]) == 0
-    alone, loaded = json.loads(capsys.readouterr().out)["rows"]
+    report = json.loads(capsys.readouterr().out)
+    typed = report["command"].split()  # to be typed again as it is
+    assert typed[:4] == ["braid", "bench", "serve", str(TINY)]
+    assert typed[typed.index("--speedup") + 1].startswith("--") and "--json" not in typed
+    alone, loaded = report["rows"]
     assert (alone["completed"], alone["errors"], loaded["errors"]) == (12, {}, {})
     assert loaded["completed"] + loaded["cancelled"] == loaded["requests"] > loaded["completed"] > 0
     assert loaded["same_as_alone"] == loaded["completed"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -354,14 +355,19 @@ def _bench_options(given: dict[str, Any], progress: Callable[[str], None]) -> Be
 
 def _typed(context: click.Context) -> str:
     """The command line as it was typed, but for where its report goes."""
-    words = [context.command_path]
+    words = context.command_path.split()
     for param in context.command.params:
         value = context.params.get(param.name or "")
         if param.name in ("out", "json_out") or value is None:
             continue
         if context.get_parameter_source(param.name or "") is ParameterSource.COMMANDLINE:
-            words += [
-                param.opts[0],
-                ",".join(str(item) for item in value) if isinstance(value, tuple) else str(value),
-            ]
-    return " ".join(words)
+            words += _typed_parameter(param, value)
+    return shlex.join(words)
+
+
+def _typed_parameter(param: click.Parameter, value: object) -> list[str]:
+    """As it was typed: an argument has no name, a flag no value."""
+    text = ",".join(str(item) for item in value) if isinstance(value, tuple) else str(value)
+    if isinstance(param, click.Argument):
+        return [text]
+    return [param.opts[0]] if isinstance(param, click.Option) and param.is_flag else [param.opts[0], text]

@@ -115,14 +115,12 @@ class Walk:
         try:
             if streams is not None and bells.values is not None:
                 self._handovers.run_streamed(streams, opened, bells, bells.values, check)
-                for one in opened:
-                    self._finish(one)
-                return None
-            for ticket in range(len(opened[0].tickets)):
-                for lane, one in enumerate(opened):
-                    running = one.step
-                    value = one.base + bells.lanes * ticket + lane + 1
-                    self._handovers.run_by_bell(one, ticket, value, check)
+            else:
+                for ticket in range(len(opened[0].tickets)):
+                    for lane, one in enumerate(opened):
+                        running = one.step
+                        value = one.base + bells.lanes * ticket + lane + 1
+                        self._handovers.run_by_bell(one, ticket, value, check)
             for one in opened:
                 self._finish(one)
             return None
@@ -202,8 +200,7 @@ class Walk:
     def _open_step(self, request: attention_pb2.OpenStep) -> attention_pb2.WalkResponse:
         batch = request.plan.batch
         key = batch.step, batch.lane
-        if key in self._open:
-            raise StepOrder(f"step {key[0]}, lane {key[1]} is open already", step=key[0], lane=key[1])
+        self._expect_closed(key)
         if request.keep > _MAX_KEPT:
             raise BatchInvalid(f"keep is {request.keep}; it must be at most {_MAX_KEPT}", field="keep")
         step, response = self._host.plan_step(request.plan)
@@ -234,8 +231,7 @@ class Walk:
     def _begin_again(
         self, key: tuple[int, int], kept: Kept, request: attention_pb2.OpenAgain
     ) -> attention_pb2.WalkResponse:
-        if key in self._open:
-            raise StepOrder(f"step {key[0]}, lane {key[1]} is open already", step=key[0], lane=key[1])
+        self._expect_closed(key)
         step, response = self._host.plan_again(kept.layout, request.epoch, request.step)
         try:
             return self._begin(key, OpenStep(step, kept, request.base), response)
@@ -297,6 +293,10 @@ class Walk:
         found.next += 1
         done = attention_pb2.TicketDone(index=run.index, timing=timing)
         return attention_pb2.WalkResponse(step=run.step, lane=run.lane, done=done)
+
+    def _expect_closed(self, key: tuple[int, int]) -> None:
+        if key in self._open:
+            raise StepOrder(f"step {key[0]}, lane {key[1]} is open already", step=key[0], lane=key[1])
 
     def _drop(self, key: tuple[int, int]) -> None:
         found = self._open.pop(key, None)

@@ -106,8 +106,10 @@ def save(figure: Figure, path: Path) -> None:
 def sign(figure: Figure, results: Results) -> None:
     """Say below a picture where its figures come from."""
     machine, row = results["machine"], results["rows"][0]
+    # Of a cell that ran already nobody knows how many threads it has.
+    about = row["dtype"] if row["threads"] is None else f"{row['dtype']}, {row['threads']} thread(s) each"
     text = (
-        f"{machine['cpu']}, {machine['cores']} cores · {row['dtype']}, {row['threads']} thread(s) each · "
+        f"{machine['cpu']}, {machine['cores']} cores · {about} · "
         f"torch {results['versions']['torch']}, transformers {results['versions']['transformers']} · "
         f"{results['date'][:10]} · {results['command']}"
     )

@@ -15,6 +15,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -78,6 +79,11 @@ def cache_dir() -> Path:
     return Path.home() / ".cache" / "braid"
 
 
+def cores() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 def find_compiler() -> str:
     """Path of $CXX, else of the first of c++, g++, clang++. Raises BuildError where there is none."""
     if wanted := os.environ.get("CXX"):
@@ -139,7 +145,7 @@ def _expect_done(compiler: str, result: subprocess.CompletedProcess[str]) -> Non
 def _compile(compiler: str, wanted: Library, scratch: Path) -> Path:
     """Compile a library's sources side by side, and link them."""
     sources = [SOURCE_DIR / name for name in wanted.sources]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         objects = list(pool.map(lambda source: _object(compiler, source, scratch), sources))
     made = scratch / f"{wanted.name}.so"
     _expect_done(compiler, _run([compiler, *LINK, *map(str, objects), "-o", str(made)]))

@@ -11,10 +11,11 @@ from braid_kernels.geometry import FullGeometry, Mla
 from braid_kernels.metadata import PagedMeta
 
 PREFIX_CHUNK_TOKENS = "prefix_chunk_tokens"
-DEFAULT_CHUNK_TOKENS = 8192
-"""Of backends that cut a long prefix even where nobody asks for it."""
 """Option: positions, over all sequences, whose keys and values may lie expanded at a time (the budget of
 the workspace). A chunk is budget // sequences long, in whole pages, one page at least."""
+
+DEFAULT_CHUNK_TOKENS = 8192
+"""Of backends that cut a long prefix even where nobody asks for it."""
 
 # Below this a span is not worth an expansion of its own: short spans share their reads of W_uk and W_uv.
 MIN_EXPANDED_ROWS = 16

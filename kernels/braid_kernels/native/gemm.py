@@ -103,7 +103,7 @@ def pack(*weights: Tensor, memory: LargePages = _WEIGHTS) -> PackedWeight:
     return PackedWeight(data, n, k, dtype)
 
 
-def pack_gated(gate: Tensor, up: Tensor, *, memory: LargePages = _WEIGHTS) -> PackedWeight:
+def pack_gated(gate: Tensor, up: Tensor) -> PackedWeight:
     """gate, up [n, k] for silu(x gate^T) * (x up^T). Raises InputError, FieldError."""
     n, k = gate.shape
     if n < 1 or k < 1:
@@ -112,7 +112,7 @@ def pack_gated(gate: Tensor, up: Tensor, *, memory: LargePages = _WEIGHTS) -> Pa
     gate, up = _rows("gate", gate, k, gate.dtype), _rows("up", up, k, gate.dtype)
     if up.shape != gate.shape:
         raise InputError("up", list(up.shape), f"must be {list(gate.shape)} as the gate")
-    data = memory.take(lib.braid_gemm_packed_gated_bytes(n, k, code))
+    data = _WEIGHTS.take(lib.braid_gemm_packed_gated_bytes(n, k, code))
     lib.braid_gemm_pack_gated(
         gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0), code, n, k, data.data_ptr()
     )

@@ -5,11 +5,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import sys
 
 import torch
 
-from braid_kernels.build import build
+from braid_kernels.build import build, cores
 from braid_kernels.errors import BuildError, FieldError, InputError, KernelError, MetadataError, PlanError
 
 _VOID, _I32, _I64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
@@ -25,11 +24,6 @@ def default_threads() -> int:
     if text.isdigit() and int(text) > 0:
         return int(text)
     return cores()
-
-
-def cores() -> int:
-    """Processors this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 @functools.cache

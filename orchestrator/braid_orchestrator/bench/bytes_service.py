@@ -140,7 +140,7 @@ def main(kind: str, address: str, threads: int, parent: int) -> None:
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     stop = Stop()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    core = KeptCore(import_module(f"{MODULES[kind]}.core").load("auto", threads))
+    core = KeptCore(import_module(f"{MODULES[kind]}.core").load("auto", threads, peers=True))
     server = Server([SERVICE_NAME])
     host = AttentionHost(core, ProcessMetrics(kind, "bench"))
     attention_pb2_grpc.add_AttentionServiceServicer_to_server(AttentionServicer(host), server.grpc)
